@@ -1,0 +1,1 @@
+"""Token shards, the mixture as a pure function, and the window loader."""

@@ -1,0 +1,1 @@
+"""Commands around the trainer: demo, generation, benchmarks."""

@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m tools.bench NAME` measures minigpt and a peer in the same run."""

@@ -1,0 +1,1 @@
+"""Model families, parallelism, optimisers, checkpoints, and one entry file per training stage."""
