@@ -1,0 +1,188 @@
+"""The experiment file: sections and field names, their defaults, and `key=value` overrides.
+
+Every field is checked; an unknown one is an error that names the nearest known one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, model_validator
+
+from shards.errors import UserError
+from shards.settings import Settings, load_yaml, parse_yaml, validate
+
+
+class ExperimentSection(Settings):
+    """Who the run is."""
+
+    name: str = Field(min_length=1)
+    description: str = ""
+    tags: list[str] = []
+    seed: int = 42
+    stage: Literal["pretrain"] = "pretrain"
+
+
+class ModelSection(Settings):
+    """The model: a file (`config_path`) or its fields inline (`config`), with `overrides` on top."""
+
+    type: str
+    config_path: str | None = None
+    config: dict[str, Any] | None = None
+    from_scratch: bool = True
+    overrides: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelSection:
+        if (self.config_path is None) == (self.config is None):
+            raise ValueError("give either config_path (a model file) or config (its fields)")
+        if not self.from_scratch:
+            raise ValueError("from_scratch: false needs weights to start from; only true is supported")
+        return self
+
+
+class DataSection(Settings):
+    """The mixture: a file (`config_path`) or its fields inline (`config`), and how windows are served."""
+
+    config_path: str | None = None
+    config: dict[str, Any] | None = None
+    max_seq_length: int | None = Field(None, ge=1)  # tokens; None: the model's max_position_embeddings
+    document_mask: bool = False
+    num_workers: int = Field(1, ge=0)  # threads that prepare batches; 0: none
+    prefetch_factor: int = Field(2, ge=1)  # steps that each keeps ready
+    pin_memory: bool = False
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSection:
+        if (self.config_path is None) == (self.config is None):
+            raise ValueError("give either config_path (a mixture file) or config (its fields)")
+        return self
+
+
+class TrainingConfig(Settings):
+    """The optimisation. A step is one update over batch_size * gradient_accumulation_steps * world_size windows."""
+
+    batch_size: int = Field(ge=1)  # windows per rank and micro-batch
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    max_steps: int | None = Field(None, ge=1)  # None: the mixture's total_tokens decides
+    optimizer: Literal["adamw"] = "adamw"
+    learning_rate: float = Field(3e-4, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    grad_clip: float = Field(1.0, ge=0)  # largest gradient norm; 0: no limit
+    lr_scheduler: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    decay_steps: int | None = Field(None, ge=1)  # of wsd; None: a tenth of the run
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    mixed_precision: Literal["bf16", "fp32"] = "bf16"
+    compile: bool = True
+    deterministic: bool = False
+    use_ddp: bool = True
+    world_size: int | None = Field(None, ge=1)  # ranks that the global batch is meant for; None: those of the first start
+    backend: Literal["nccl", "gloo"] | None = None  # None: nccl on GPUs, gloo on CPUs
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainingConfig:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be at least 0 and below 1, not {list(self.betas)}")
+        if self.decay_steps is not None and self.lr_scheduler != "wsd":
+            raise ValueError(f"decay_steps belongs to lr_scheduler wsd, not {self.lr_scheduler}")
+        return self
+
+    def wsd_decay_steps(self, total_steps: int) -> int:
+        """Steps over which the wsd schedule falls."""
+        return self.decay_steps or max(1, total_steps // 10)
+
+
+class ParallelSection(Settings):
+    """How ranks share the work. `ddp`: each holds the model; `fsdp`: each holds a part of it."""
+
+    strategy: Literal["ddp", "fsdp"]
+
+
+class CheckpointingSection(Settings):
+    """Where the run folder is, and what is kept in it."""
+
+    output_dir: str
+    save_steps: int = Field(1000, ge=1)
+    save_total_limit: int | None = Field(5, ge=1)  # None: keep all
+    resume_from_checkpoint: str | None = None  # null or auto: the newest here; a path; never: start a new run
+
+
+class LoggingSection(Settings):
+    """What is written while the run goes on."""
+
+    log_steps: int = Field(10, ge=1)
+    eval_steps: int | None = Field(500, ge=1)  # None: only before the first and after the last step
+    use_wandb: bool = False
+    wandb_project: str | None = None
+    wandb_entity: str | None = None
+    wandb_run_name: str | None = None
+    use_tensorboard: bool = False
+    tensorboard_dir: str | None = None  # None: OUTPUT_DIR/tensorboard
+
+
+class EvaluationDataset(Settings):
+    """A token dataset to validate on."""
+
+    name: str
+    path: str
+
+
+class EvaluationSection(Settings):
+    """Validation. Without datasets it runs on the `val/` part of every source that has one."""
+
+    datasets: list[EvaluationDataset] = []
+    metrics: list[Literal["loss", "perplexity", "bpb"]] = ["loss", "bpb"]
+    max_tokens: int = Field(2**20, ge=1)  # of each dataset, evenly spread over it
+
+
+class ExperimentConfig(Settings):
+    """One file that defines a run."""
+
+    experiment: ExperimentSection
+    model: ModelSection
+    data: DataSection
+    training: TrainingConfig
+    checkpointing: CheckpointingSection
+    logging: LoggingSection = LoggingSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    parallel: ParallelSection | None = None
+
+    @property
+    def strategy(self) -> Literal["ddp", "fsdp"]:
+        """`parallel.strategy`, or else what `training.use_ddp` says."""
+        if self.parallel is not None:
+            return self.parallel.strategy
+        return "ddp" if self.training.use_ddp else "fsdp"
+
+    def to_yaml(self) -> str:
+        """The resolved file, every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """Read an experiment file and apply `section.field=value` overrides, whose values are YAML.
+
+    Raises:
+        UserError: the file is missing, a key is unknown, a value has the wrong type, an override is malformed.
+    """
+    data = load_yaml(path)
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator or not key:
+            raise UserError(f"'{override}': an override is written section.field=value, as in training.max_steps=100")
+        *parents, name = key.removeprefix("--").split(".")
+        section = data
+        for parent in parents:
+            if section.get(parent) is None:
+                section[parent] = {}
+            section = section[parent]
+            if not isinstance(section, dict):
+                raise UserError(f"'{override}': {parent} is a value, not a section")
+        section[name] = parse_yaml(value, f"'{override}'")
+    return validate(ExperimentConfig, data, str(path))
