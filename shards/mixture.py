@@ -163,6 +163,10 @@ class MixturePlan:
         limits = [source.windows if source.limit is None else source.limit for source in self.sources]
         return _largest(lambda stop: all(a <= b for a, b in zip(self.counts(stop), limits, strict=True)), sum(limits))
 
+    def length(self) -> int:
+        """Samples of the mixture: its total, or the first source's end where there is none."""
+        return self.first_end() if self.total_samples is None else self.total_samples
+
     def past(self, stop: int) -> dict[str, Any]:
         """What determines the samples before `stop`, ready for JSON: changes behind `stop` change it, others do not."""
         started = [phase for phase in self.phases if phase.start < stop]

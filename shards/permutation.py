@@ -29,9 +29,9 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MULTIPLIER_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MULTIPLIER_2 = np.uint64(0x94D049BB133111EB)
 
-ROUND_PAIRS = 4  # 8 rounds; Luby and Rackoff need 4 ideal ones, small domains more
-_SMALL = np.uint64(1 << 8)
-SMALL_ROUND_PAIRS = 12  # a few bits per half mix slowly: 24 rounds up to 256 elements
+ROUND_PAIRS = 4  # 8 rounds; Luby and Rackoff need 4 ideal ones
+SMALL_ROUND_PAIRS = 16  # halves of one or two bits mix slowly: with 8 rounds a chi-square test finds N <= 32, not above
+_SMALL = np.uint64(32)
 
 
 @njit("uint64(uint64)", cache=True, nogil=True)
