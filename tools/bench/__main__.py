@@ -1,0 +1,31 @@
+"""`python -m tools.bench NAME [options]`: run one benchmark; without a name, list them."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from shards.errors import UserError, run_command, unknown_name
+
+BENCHMARKS = {  # name: module and what it measures
+    "loader": ("tools.bench.loader", "window loader against nanoGPT's get_batch, opening a trillion tokens"),
+    "tokenize": ("tools.bench.tokenize_speed", "JSONL to shards against a pool of `tokenizers`"),
+    "train-step": ("tools.bench.train_step", "training step against the machine's own matrix-product rate"),
+}
+
+
+def main() -> None:
+    """Hand the remaining arguments to the benchmark that the first one names."""
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print(__doc__)
+        for name, (_, summary) in BENCHMARKS.items():
+            print(f"  {name:<12}{summary}")
+        return
+    name = sys.argv.pop(1)
+    if name not in BENCHMARKS:
+        raise UserError(unknown_name("benchmark", name, BENCHMARKS))
+    importlib.import_module(BENCHMARKS[name][0]).main()
+
+
+if __name__ == "__main__":
+    run_command(main)
