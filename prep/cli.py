@@ -1,0 +1,201 @@
+"""`minigpt-prep`: raw text to token shards."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from shards.errors import run_command
+
+if TYPE_CHECKING:
+    from prep.tokens import Summary
+
+app = typer.Typer(
+    help="Raw text to token shards. Start with `minigpt-prep tokenize --help`.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+Inputs = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="INPUT…",
+        help="Files, globs ('data/*.jsonl.zst') and folders (searched recursively): JSON Lines (.jsonl .ndjson .json, "
+        "plain or .gz or .zst), Parquet, and text files (.txt .md .py …; one file is one document).",
+        show_default=False,
+    ),
+]
+TextColumn = Annotated[str, typer.Option(help="Column or key that holds the text.")]
+IdColumn = Annotated[
+    str | None,
+    typer.Option(help="Column or key with the document's id; default: 'id' where there is one, else FILE:ROW."),
+]
+
+
+@app.callback()
+def commands() -> None:
+    """Raw text to token shards. Start with `minigpt-prep tokenize --help`."""
+
+
+@app.command()
+def tokenize(
+    inputs: Inputs,
+    tokenizer: Annotated[Path, typer.Option("--tokenizer", "-t", help="A tokenizer.json, or a folder that holds one.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the dataset.")],
+    text_column: TextColumn = "text",
+    id_column: IdColumn = None,
+    source: Annotated[
+        str | None, typer.Option(help="Name of the source; default: the stem of the file, the name of the folder.")
+    ] = None,
+    eos: Annotated[
+        str | None, typer.Option(help="Control token behind each document; default: found from the tokenizer.")
+    ] = None,
+    bos: Annotated[str | None, typer.Option(help="Control token before each document; default: none.")] = None,
+    val_fraction: Annotated[
+        float, typer.Option(help="Share of the documents, chosen by the hash of their id, that goes to OUT/val.")
+    ] = 0.0,
+    shard_tokens: Annotated[int, typer.Option(help="Tokens per shard; each finished shard is a checkpoint.")] = 2**27,
+    workers: Annotated[int, typer.Option(help="Threads; 0: one per core. The output is the same for any number.")] = 0,
+    max_bad_rows: Annotated[
+        float, typer.Option(help="Stop when more than this share of the rows, from 1,000 rows on, is bad.")
+    ] = 0.001,
+    keep_going: Annotated[
+        bool, typer.Option("--keep-going", help="Finish although a file is broken in the middle (a truncated .gz).")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what another run left in OUT.")] = False,
+) -> None:
+    """Turn text into a dataset of token shards.
+
+    **Examples**
+
+        minigpt-prep tokenize books.jsonl.zst --tokenizer tokenizer.json --out data/books
+
+        minigpt-prep tokenize 'crawl/*.parquet' -t tokenizer.json -o data/web --text-column content --val-fraction 0.01
+
+        minigpt-prep tokenize src/ 'docs/**/*.md' -t tokenizer.json -o data/code --source code
+
+    **Killed, or the disk was full?** Run the same command again: it goes on from the last finished shard and ends in the
+    same bytes. Once finished, the same command does nothing. With other input or options, OUT is only replaced with
+    --overwrite.
+
+    **Bad rows** (no JSON, no text, not UTF-8) are set aside in OUT/rejected with file, row and reason. **A file that is
+    broken in the middle** is read up to there; the dataset is then only finished with --keep-going. Empty documents are
+    skipped. All of it is counted in the table at the end and in OUT/dataset.json.
+
+    **Control tokens**: a literal `<|endoftext|>` in the text is encoded as ordinary text, and counted.
+
+    Exit status: 0 finished, 2 stopped with a message.
+    """
+    from prep.tokens import Options
+    from prep.tokens import tokenize as run
+
+    options = Options(text_column, id_column, eos, bos, shard_tokens, val_fraction)
+    summary = run(
+        inputs,
+        tokenizer,
+        out,
+        options,
+        source=source,
+        workers=workers,
+        max_bad_rows=max_bad_rows,
+        keep_going=keep_going,
+        overwrite=overwrite,
+        say=lambda line: print(f"note: {line}", file=sys.stderr),
+    )
+    if summary.up_to_date:
+        print(f"{out}: up to date ({summary.train.documents:,} documents, {summary.train.tokens:,} tokens)")
+    else:
+        _print_summary(out, summary)
+
+
+@app.command()
+def train_tokenizer(
+    inputs: Inputs,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The tokenizer.json to write.")],
+    vocab_size: Annotated[int, typer.Option(help="Entries, control tokens and the 256 bytes among them.")],
+    text_column: TextColumn = "text",
+    id_column: IdColumn = None,
+    special_token: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Control token; may be given several times. They get the first ids. "
+            "Default: <|endoftext|> (ends a document) and, for chat later, <|im_start|> and <|im_end|>.",
+            show_default=False,
+        ),
+    ] = None,
+    sample_bytes: Annotated[
+        int, typer.Option(help="Bytes of text to train on; documents are chosen by the hash of their id.")
+    ] = 100_000_000,
+) -> None:
+    """Train a byte-level BPE tokenizer.
+
+    **Examples**
+
+        minigpt-prep train-tokenizer books.jsonl.zst --vocab-size 8192 --out tokenizer.json
+
+        minigpt-prep train-tokenizer src/ docs/ --vocab-size 32000 --out tokenizer.json --sample-bytes 300000000
+
+    Any text can be encoded (there is no unknown token), numbers are split into groups of up to three digits, and the same
+    input gives the same file. One document in a hundred is held out to measure bytes per token.
+    """
+    from prep.train_tokenizer import DEFAULT_SPECIAL_TOKENS
+    from prep.train_tokenizer import train_tokenizer as run
+
+    report = run(
+        inputs,
+        out,
+        vocab_size,
+        special_tokens=special_token or DEFAULT_SPECIAL_TOKENS,
+        sample_bytes=sample_bytes,
+        text_column=text_column,
+        id_column=id_column,
+    )
+    rows = [
+        ("tokenizer", str(out)),
+        ("vocabulary", f"{report.vocab_size:,}"),
+        ("control tokens", ", ".join(report.special_tokens)),
+        ("trained on", f"{report.documents:,} documents, {report.sample_bytes:,} bytes"),
+        ("bytes per token", f"{report.bytes_per_token:.2f} on {report.measured_on}"),
+        ("time", f"{report.seconds:.1f} s"),
+    ]
+    _print_table(rows)
+
+
+def _print_summary(out: Path, summary: Summary) -> None:
+    counts = summary.counts
+    literal = ", ".join(f"{name} × {number:,}" for name, number in sorted(counts.literal_specials.items()))
+    val = summary.val
+    rows = [
+        ("dataset", str(out)),
+        ("documents", f"{counts.documents:,}" + (f" ({val.documents:,} of them in {out / 'val'})" if val else "")),
+        ("tokens", f"{counts.tokens:,}" + (f" ({val.tokens:,} of them in {out / 'val'})" if val else "")),
+        ("text", f"{counts.text_bytes:,} bytes, {counts.text_bytes / counts.tokens:.2f} per token"),
+        ("empty, skipped", f"{counts.empty:,}"),
+        ("bad rows", f"{counts.bad:,} of {counts.rows:,}" + (f", see {out / 'rejected'}" if counts.bad else "")),
+        ("broken files", "; ".join(counts.broken) or "none"),
+        ("literal control tokens", literal or "none"),
+        ("shards", f"{len(summary.train.shards):,} of {summary.train.shard_tokens:,} {summary.train.dtype} tokens"),
+        ("time", f"{summary.seconds:.1f} s, {summary.done_bytes / summary.seconds / 1e6:,.0f} MB/s of text"),
+        ("backend", summary.train.backend),
+    ]
+    _print_table(rows)
+
+
+def _print_table(rows: list[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
+
+
+def main() -> None:
+    """Entry point of `minigpt-prep`."""
+    run_command(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""Rows of JSON: the (decompressed) stream is cut at newlines into blocks, each block is parsed as columns.
+
+A block goes through `pyarrow.json` under an explicit schema: no type is guessed, "2020-01-01" stays text. That parser
+takes or refuses a block as a whole, and it is looser than JSON Lines (it reads two objects in one line, skips blank
+lines, and crashes on a bare `null`), so a block goes there only if each of its lines begins with `{`, and its result
+counts only if it has as many rows as the block has lines, no nulls, and valid UTF-8. Any other block is read again line
+by line with `orjson`, and the bad lines are set aside.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
+from typing import Any, BinaryIO
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import pyarrow.json
+
+from prep.documents import BLOCK_BYTES, BrokenInput, Columns, Documents, Input, Piece, RowCollector, make_documents
+from shards.errors import UserError
+
+READ_BYTES = 32 << 10  # compressed bytes handed over at once: fast, and a damaged file loses no more than this
+MAX_LINE_BYTES = 1 << 30
+HEAD_ROWS = 100
+_NEWLINE, _BRACE = 10, 123
+
+
+def row_blocks(item: Input, columns: Columns, start: int) -> Iterator[Piece]:
+    """Blocks of a file that begin at row `start` or later; rows are lines.
+
+    Raises:
+        BrokenInput: the stream ends or fails in the middle; the whole lines before it have been given.
+    """
+    with item.path.open("rb") as file:
+        key: tuple[str, pa.DataType] | None = None
+        row = 0
+        for data in _cut_at_newlines(_decompress(file, item)):
+            if row == 0:
+                data = data.removeprefix(b"\xef\xbb\xbf")
+                key = _id_column(data, columns)
+            first, row = row, row + data.count(b"\n") + (not data.endswith(b"\n"))
+            if first >= start:
+                yield Piece(partial(_parse, data, item, columns, key, first), len(data), row, file.tell())
+
+
+def check_rows(item: Input, columns: Columns) -> None:
+    """Look at the first rows of a file.
+
+    Raises:
+        UserError: a named column is in none of them, or the text is never text; names the columns found.
+    """
+    rows: list[dict[str, Any]] = []
+    with item.path.open("rb") as file:
+        try:
+            data = next(_cut_at_newlines(_decompress(file, item), block_bytes=1 << 16), b"")
+        except BrokenInput:  # so early that nothing is known; the run reports it
+            return
+    if data.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        raise UserError(
+            f"{item.path}: this is one JSON array, not JSON Lines (one object per line); "
+            f"convert it with: jq -c '.[]' {item.path.name} > {item.path.name.split('.')[0]}.jsonl"
+        )
+    rows = list(_first_objects(data))
+    if not rows:
+        return
+    found = ", ".join(dict.fromkeys(name for row in rows for name in row))
+    for name, option in ((columns.text, "--text-column"), (columns.id, "--id-column")):
+        if name is not None and not any(name in row for row in rows):
+            raise UserError(f"{item.path}: no column '{name}'; columns found: {found}. Name one with {option}")
+    values = [row[columns.text] for row in rows if row.get(columns.text) is not None]
+    if values and not any(isinstance(value, str) for value in values):
+        raise UserError(
+            f"{item.path}: column '{columns.text}' holds {_json_type(values[0])}, not text (the first: "
+            f"{json.dumps(values[0])[:60]}); columns found: {found}. Name the text with --text-column"
+        )
+
+
+def _decompress(file: BinaryIO, item: Input) -> Iterator[bytes]:
+    """The stream of a plain, gzip or zstd file, in pieces; any number of gzip members or zstd frames."""
+    suffix = item.path.suffix.lower()
+    if suffix == ".gz":
+        new_decoder: Callable[[], Any] = partial(zlib.decompressobj, wbits=31)
+    elif suffix in (".zst", ".zstd"):
+        import zstandard
+
+        # written with `zstd --long` a frame may ask for a window of up to 2 GB
+        new_decoder = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj
+    else:
+        yield from iter(partial(file.read, 1 << 20), b"")
+        return
+    decoder: Any = None
+    while data := file.read(READ_BYTES):
+        while data:
+            if decoder is None:
+                if suffix == ".gz" and not data.strip(b"\0"):
+                    break  # gzip files may be padded with zeros
+                decoder = new_decoder()
+            try:
+                piece = decoder.decompress(data)
+            except Exception as error:  # zlib.error, ZstdError: not worth importing both for their names
+                position = file.tell() - len(data)
+                raise BrokenInput(f"cannot be decompressed near byte {position:,} of {item.size:,} ({error})") from None
+            yield piece
+            data, decoder = (decoder.unused_data, None) if decoder.eof else (b"", decoder)
+    if decoder is not None:
+        raise BrokenInput(f"truncated: the compressed stream stops early, at byte {item.size:,}")
+
+
+def _cut_at_newlines(stream: Iterator[bytes], block_bytes: int = BLOCK_BYTES) -> Iterator[bytes]:
+    """Blocks of whole lines; where the stream breaks, the whole lines before that and then the error."""
+    parts: list[bytes] = []
+    size = 0
+    try:
+        for piece in stream:
+            cut = piece.rfind(b"\n") + 1 if size + len(piece) >= block_bytes else 0
+            if cut:
+                yield b"".join([*parts, piece[:cut]])
+                parts, size, piece = [], 0, piece[cut:]
+            parts.append(piece)
+            size += len(piece)
+            if size > MAX_LINE_BYTES:
+                raise BrokenInput(f"a line of more than {MAX_LINE_BYTES:,} bytes; is it one JSON object per line?")
+    except BrokenInput:
+        data = b"".join(parts)
+        if cut := data.rfind(b"\n") + 1:
+            yield data[:cut]
+        raise
+    if size:
+        yield b"".join(parts)
+
+
+def _parse(data: bytes, item: Input, columns: Columns, key: tuple[str, pa.DataType] | None, first: int) -> Documents:
+    return _parse_columns(data, item, columns, key, first) or _parse_lines(data, item, columns, key, first)
+
+
+def _parse_columns(
+    data: bytes, item: Input, columns: Columns, key: tuple[str, pa.DataType] | None, first: int
+) -> Documents | None:
+    """The block as columns, or None if it needs a closer look."""
+    raw = np.frombuffer(data, np.uint8)
+    starts = np.flatnonzero(raw == _NEWLINE) + 1
+    if len(starts) and starts[-1] == len(raw):
+        starts = starts[:-1]
+    if raw[0] != _BRACE or not (raw[starts] == _BRACE).all():
+        return None
+    schema = pa.schema([(columns.text, pa.string())] + ([key] if key and key[0] != columns.text else []))
+    try:
+        table = pyarrow.json.read_json(
+            pa.BufferReader(data),
+            read_options=pyarrow.json.ReadOptions(use_threads=False, block_size=len(data)),
+            parse_options=pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
+        )
+        table.validate(full=True)
+    except pa.ArrowInvalid:
+        return None
+    if table.num_rows != len(starts) + 1 or any(column.null_count for column in table.columns):
+        return None
+    table = table.combine_chunks()
+    texts = table.column(columns.text).chunk(0)
+    if key:
+        ids = table.column(key[0]).chunk(0).cast(pa.string())
+    else:
+        ids = pa.array([f"{item.name}:{row}" for row in range(first + 1, first + 1 + len(texts))], pa.string())
+    return make_documents(item, ids, texts)
+
+
+def _parse_lines(
+    data: bytes, item: Input, columns: Columns, key: tuple[str, pa.DataType] | None, first: int
+) -> Documents:
+    rows = RowCollector(item)
+    for number, line in enumerate(data.removesuffix(b"\n").split(b"\n"), first + 1):
+        if not line.strip():
+            continue  # a blank line is no row
+        try:
+            row = _parse_line(line)
+            text = row.get(columns.text)
+            if text is None:
+                reason = "is null" if columns.text in row else "is missing"
+                raise ValueError(f"column '{columns.text}' {reason}")
+            if not isinstance(text, str):
+                raise ValueError(f"column '{columns.text}' holds {_json_type(text)}, not text")
+            identity = row.get(key[0]) if key else None
+            if identity is None:
+                identity = f"{item.name}:{number}"
+            elif not isinstance(identity, str) and type(identity) is not int:
+                raise ValueError(
+                    f"id '{key[0] if key else ''}' holds {_json_type(identity)}, not text or a whole number"
+                )
+            rows.add(str(identity), text)
+        except ValueError as error:
+            rows.reject(number, str(error), line)
+    return rows.documents()
+
+
+def _parse_line(line: bytes) -> dict[str, Any]:
+    try:
+        row = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        reason = f"not valid JSON: {error}"
+        try:
+            line.decode()
+            row = json.loads(line)  # takes NaN and Infinity, as the column parser does
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeDecodeError as problem:
+            raise ValueError(f"not UTF-8 ({problem.reason} at byte {problem.start:,} of the line)") from None
+        except UnicodeEncodeError:
+            raise ValueError("a lone surrogate (half of a UTF-16 pair), which is no text") from None
+        except (ValueError, RecursionError):
+            raise ValueError(reason) from None
+    if not isinstance(row, dict):
+        raise ValueError(f"the line holds {_json_type(row)}, not an object")
+    return row
+
+
+def _first_objects(data: bytes) -> Iterator[dict[str, Any]]:
+    """The first rows that are objects."""
+
+    def objects() -> Iterator[dict[str, Any]]:
+        for line in data.split(b"\n", 10 * HEAD_ROWS)[: 10 * HEAD_ROWS]:
+            try:
+                yield _parse_line(line)
+            except ValueError:
+                continue
+
+    return islice(objects(), HEAD_ROWS)
+
+
+def _id_column(data: bytes, columns: Columns) -> tuple[str, pa.DataType] | None:
+    """Name and type of the id column, from the first rows; None: documents are named by file and row."""
+    name = columns.id or "id"
+    for row in _first_objects(data):
+        if isinstance(row.get(name), str):
+            return name, pa.string()
+        if type(row.get(name)) is int:
+            return name, pa.int64()
+    return (columns.id, pa.string()) if columns.id else None
+
+
+def _json_type(value: object) -> str:
+    if isinstance(value, bool):
+        return "true or false"
+    names = {dict: "an object", list: "an array", str: "text", int: "a number", float: "a number", type(None): "null"}
+    return names[type(value)]
