@@ -143,9 +143,8 @@ def _read_rows(path: Path, count: int) -> list[pa.RecordBatch]:
     """The first `count` rows of an Arrow stream whose end may be torn."""
     batches: list[pa.RecordBatch] = []
     with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as stream:
-        while count:
-            batch = stream.read_next_batch()
-            batches.append(batch.slice(0, count))
+        while count > 0:
+            batches.append(stream.read_next_batch())
             count -= batches[-1].num_rows
     return batches
 
