@@ -217,7 +217,10 @@ def _open_source(
 ) -> Source:
     where = f"mixture '{config.name}': source '{source.name}'"
     path = (base or Path()) / expand_variables(source.path, where)
-    dataset = TokenDataset(path / "val" if split == "val" else path)
+    try:
+        dataset = TokenDataset(path / "val" if split == "val" else path)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     windows = dataset.tokens // seq_len - 1
     if windows < 1:
         raise UserError(

@@ -77,7 +77,9 @@ def expand_variables(text: str, where: str) -> str:
         name, default = match.groups()
         found = os.environ.get(name) or default
         if found is None:
-            raise UserError(f"{where}: the environment variable {name} is not set; set it or write ${{{name}:-default}}")
+            raise UserError(
+                f"{where}: the environment variable {name} is not set; set it or write ${{{name}:-default}}"
+            )
         return found
 
     return _VARIABLE.sub(value, text)
@@ -105,7 +107,11 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
         return f"{field}: required, but not given"
     message = str(problem["msg"]).removeprefix("Value error, ")
     given = problem.get("input")
-    return f"{field}: {message}" + (f" (given: {given!r})" if isinstance(given, str | int | float | bool) else "")
+    return (
+        (f"{field}: " if field else "")
+        + message
+        + (f" (given: {given!r})" if isinstance(given, str | int | float | bool) else "")
+    )
 
 
 def _fields_at(model: type[BaseModel], location: list[str | int]) -> list[str]:
@@ -113,12 +119,12 @@ def _fields_at(model: type[BaseModel], location: list[str | int]) -> list[str]:
     for part in location:
         if isinstance(part, int):
             continue
-        field = model.model_fields.get(part)
+        field = {info.alias or name: info for name, info in model.model_fields.items()}.get(part)
         inner = _model_in(field.annotation) if field else None
         if inner is None:
             return []
         model = inner
-    return list(model.model_fields)
+    return [info.alias or name for name, info in model.model_fields.items()]
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
