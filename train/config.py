@@ -21,7 +21,7 @@ class ExperimentSection(Settings):
 
     name: str = Field(min_length=1)
     description: str = ""
-    tags: list[str] = []
+    tags: tuple[str, ...] = ()
     seed: int = 42
     stage: Literal["pretrain"] = "pretrain"
 
@@ -33,7 +33,7 @@ class ModelSection(Settings):
     config_path: str | None = None
     config: dict[str, Any] | None = None
     from_scratch: bool = True
-    overrides: dict[str, Any] = {}
+    overrides: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSection:
@@ -82,7 +82,7 @@ class TrainingConfig(Settings):
     compile: bool = True
     deterministic: bool = False
     use_ddp: bool = True
-    world_size: int | None = Field(None, ge=1)  # ranks that the global batch is meant for; None: those of the first start
+    world_size: int | None = Field(None, ge=1)  # that the global batch is for; None: ranks of the first start
     backend: Literal["nccl", "gloo"] | None = None  # None: nccl on GPUs, gloo on CPUs
 
     @model_validator(mode="after")
@@ -136,8 +136,8 @@ class EvaluationDataset(Settings):
 class EvaluationSection(Settings):
     """Validation. Without datasets it runs on the `val/` part of every source that has one."""
 
-    datasets: list[EvaluationDataset] = []
-    metrics: list[Literal["loss", "perplexity", "bpb"]] = ["loss", "bpb"]
+    datasets: tuple[EvaluationDataset, ...] = ()
+    metrics: tuple[Literal["loss", "perplexity", "bpb"], ...] = ("loss", "bpb")
     max_tokens: int = Field(2**20, ge=1)  # of each dataset, evenly spread over it
 
 
@@ -149,8 +149,8 @@ class ExperimentConfig(Settings):
     data: DataSection
     training: TrainingConfig
     checkpointing: CheckpointingSection
-    logging: LoggingSection = LoggingSection()
-    evaluation: EvaluationSection = EvaluationSection()
+    logging: LoggingSection = Field(default_factory=lambda: LoggingSection.model_validate({}))
+    evaluation: EvaluationSection = Field(default_factory=lambda: EvaluationSection.model_validate({}))
     parallel: ParallelSection | None = None
 
     @property

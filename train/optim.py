@@ -79,8 +79,9 @@ def local(tensor: Tensor) -> Tensor:
 
 def gradient_norm(gradients: list[Tensor]) -> Tensor:
     """L2 norm of all gradients over all ranks, float32 []."""
-    flat = [local(gradient).flatten() for gradient in gradients]
-    squares = torch.stack([torch.dot(g, g) for g in flat]).sum()
+    # float64: float32 sums of millions of squares would differ between layouts by 1e-5
+    norms = [torch.linalg.vector_norm(local(gradient), dtype=torch.float64) for gradient in gradients]
+    squares = torch.stack(norms).square().sum()
     if any(isinstance(gradient, DTensor) for gradient in gradients):
         dist.all_reduce(squares)
-    return squares.sqrt()
+    return squares.sqrt().float()

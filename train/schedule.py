@@ -20,10 +20,8 @@ def learning_rate(step: int, config: TrainingConfig, total_steps: int) -> float:
     """Learning rate of optimiser step `step`, counted from 1, in a run of `total_steps`."""
     if step < config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
-    if config.lr_scheduler == "wsd":
-        start = total_steps - config.wsd_decay_steps(total_steps)
-    else:
-        start = config.warmup_steps
+    decays_late = config.lr_scheduler == "wsd"
+    start = total_steps - config.wsd_decay_steps(total_steps) if decays_late else config.warmup_steps
     # 0 at the start of the fall, 1 at the last step
     fall = min(1.0, max(0.0, (step - start) / max(1, total_steps - start)))
     low = config.min_lr_ratio

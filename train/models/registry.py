@@ -43,7 +43,7 @@ class ModelRegistry:
     @classmethod
     def create_model(cls, model_type: str, config: BaseModelConfig) -> BaseModelForCausalLM:
         """Build a model on the current default device (see `torch.device` as a context); weights are not set."""
-        return cls._family(model_type, "model")[0](config)  # type: ignore[arg-type, call-arg]
+        return cls._family(model_type, "model")[0](config)  # type: ignore[call-arg]
 
     @classmethod
     def create_from_yaml(

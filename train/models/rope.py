@@ -31,9 +31,9 @@ class RopeScaling(Settings):
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
     """Angular frequencies, float32 [head_dim / 2], radians per position.
 
-    With `llama3` scaling (Llama 3.1, as in the model's reference code): wavelengths longer than original / low_freq_factor
-    are stretched by `factor`, those shorter than original / high_freq_factor are kept, and those between are blended
-    linearly in original / wavelength.
+    With `llama3` scaling (Llama 3.1, as in the model's reference code) wavelengths longer than original /
+    low_freq_factor are stretched by `factor`, those shorter than original / high_freq_factor are kept, and those
+    between are blended linearly in original / wavelength.
     """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     frequencies = 1.0 / theta**exponent

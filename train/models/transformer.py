@@ -22,10 +22,10 @@ from train.models.linear import RMSNorm
 from train.models.rope import rotary_angles
 
 # Keys of a Hugging Face config.json that say nothing about the architecture or that this code fixes.
-INERT_KEYS = frozenset(
-    "_name_or_path architectures auto_map torch_dtype dtype transformers_version use_cache pretraining_tp bos_token_id "
-    "eos_token_id pad_token_id attention_dropout rope_interleaved".split()
-)
+INERT_KEYS = {
+    *("_name_or_path", "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "use_cache"),
+    *("pretraining_tp", "bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout"),
+}
 
 
 class BaseModelConfig(Settings):
@@ -100,7 +100,7 @@ class BaseModelForCausalLM(nn.Module):
         Args:
             input_ids: int64 [batch, length].
             attention_mask: [batch, keys], 0 for padding (keys = cached tokens + length).
-            labels: int64 [batch, length]; labels[t] is the target of input_ids[t] (nothing is shifted), -100 is ignored.
+            labels: int64 [batch, length]; labels[t] is the target of input_ids[t], nothing is shifted; -100 is ignored.
             position_ids: int64 [batch, length]; counted from the cache's end if not given.
             mask_documents: attend within documents only, which begin where `position_ids` is 0.
             cache: keys and values of earlier tokens, extended in place.

@@ -1,0 +1,222 @@
+"""Checkpoints: the model, the optimiser and where the run stands, complete or absent.
+
+    checkpoints/step-00001000/     a torch.distributed.checkpoint of {model, optimizer}, any layout, any world size
+                      state.json   step, next sample, the plan behind it, and what a resumed run must not change
+
+A checkpoint is written beside its name, synced and renamed. Learning rate and data order are pure functions of step and
+sample number and nothing draws random numbers while training, so there is no other state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.tensor import DTensor
+
+from shards.errors import UserError
+from shards.files import sync_directory, write_atomic
+from shards.mixture import MixturePlan
+from train.distributed import Ranks
+from train.optim import AdamW
+
+# Saving from a single process without a process group is meant.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunState:
+    """Where a run stands after `step` updates.
+
+    Attributes:
+        next_sample: first sample of the next step; with `plan`, all the state of the data.
+        plan: fingerprint of the mixture behind `next_sample`.
+        past: what that fingerprint is made of, to say what differs.
+        position: epoch, window, shard and offset of each source, for people and for a second check.
+        identity: seed, model, optimiser and global batch, which a resumed run must share.
+        world_size: ranks that the global batch is meant for.
+        skipped_steps: updates left out because a gradient was not finite.
+        origin: the checkpoint that the run was told to start from, if it was.
+    """
+
+    step: int
+    next_sample: int
+    plan: str
+    past: dict[str, Any]
+    position: dict[str, dict[str, int]]
+    identity: dict[str, Any]
+    world_size: int
+    skipped_steps: int = 0
+    origin: str | None = None
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> RunState:
+        """Read `state.json` of a checkpoint.
+
+        Raises:
+            UserError: there is no checkpoint at this path, or it is not one of this program.
+        """
+        path = checkpoint / "state.json"
+        try:
+            return cls(**json.loads(path.read_text()))
+        except FileNotFoundError:
+            raise UserError(f"{checkpoint}: no checkpoint here (state.json is missing)") from None
+        except (json.JSONDecodeError, TypeError) as error:
+            raise UserError(f"{path}: not readable as a checkpoint's state: {error}") from None
+
+    def check_resumable(self, plan: MixturePlan, identity: dict[str, Any], checkpoint: Path) -> None:
+        """Refuse to go on with something else than what made the checkpoint.
+
+        Raises:
+            UserError: naming every field that differs, with both values.
+        """
+        changed = differences(self.identity, identity)
+        if plan.fingerprint(self.next_sample) != self.plan:
+            changed += differences(self.past, plan.past(self.next_sample), "data.")
+        elif plan.position(self.next_sample) != self.position:
+            changed += differences(self.position, plan.position(self.next_sample), "position.")
+        if changed:
+            raise UserError(
+                "\n  ".join(
+                    [
+                        f"{checkpoint}: this checkpoint belongs to a different run; it had",
+                        *changed,
+                        "restore these, or start a new run: another checkpointing.output_dir, or "
+                        "checkpointing.resume_from_checkpoint=never",
+                    ]
+                )
+            )
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Lines `dotted.path: old, now new` for all that differs between two JSON-like values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(key for key in new if key not in old)]
+        return [line for key in keys for line in differences(old.get(key), new.get(key), f"{path}{key}.")]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = enumerate(zip(old, new, strict=True))
+        return [line for index, (a, b) in pairs for line in differences(a, b, f"{path}{index}.")]
+    return [] if old == new else [f"{path.rstrip('.')}: {old}, now {new}"]
+
+
+class Checkpoints:
+    """The `checkpoints/` folder of a run."""
+
+    def __init__(self, run: Path, limit: int | None, ranks: Ranks) -> None:
+        self.folder = run / "checkpoints"
+        self._limit, self._ranks = limit, ranks
+
+    def all(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        found = self.folder.iterdir() if self.folder.exists() else []
+        return sorted((path for path in found if _NAME.fullmatch(path.name)), key=lambda path: int(path.name[5:]))
+
+    def find(self, resume_from: str | None) -> Path | None:
+        """The checkpoint to start from: None or "auto": the newest; "never": none; else a path.
+
+        A run that was started from a path and is started so again goes on from its own newest checkpoint.
+
+        Raises:
+            UserError: the path holds no checkpoint.
+        """
+        newest = next(iter(reversed(self.all())), None)
+        if resume_from == "never":
+            return None
+        if resume_from in (None, "auto") or (newest and RunState.read(newest).origin == resume_from):
+            return newest
+        path = Path(resume_from or "")
+        RunState.read(path)
+        return path
+
+    def set_aside(self, step: int) -> Path | None:
+        """Move checkpoints of later steps, and the metrics, out of the way of a run that starts anew from `step`.
+
+        Returns:
+            the folder that holds them now, if there were any.
+        """
+        later = [path for path in self.all() if int(path.name[5:]) > step]
+        if not later:
+            return None
+        target = next(p for n in range(1, 10_000) if not (p := self.folder / f"superseded-{n}").exists())
+        target.mkdir()
+        metrics = self.folder.parent / "metrics.jsonl"
+        if metrics.exists():
+            shutil.copy2(metrics, target)
+        for path in later:
+            os.replace(path, target / path.name)
+        return target
+
+    def save(self, state: RunState, model: nn.Module, optimizer: AdamW) -> None:
+        """Write a checkpoint from all ranks, publish it, then remove the oldest beyond the limit."""
+        final = self.folder / f"step-{state.step:08d}"
+        temporary = self.folder / f".{final.name}.tmp"
+        if self._ranks.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        self._ranks.barrier()
+        dcp.save(
+            _tensors(model, optimizer),
+            storage_writer=FileSystemWriter(temporary, overwrite=False),
+            no_dist=self._ranks.world_size == 1,
+            process_group=self._ranks.host_group,
+        )
+        self._ranks.barrier()
+        if self._ranks.is_first:
+            write_atomic(temporary / "state.json", json.dumps(dataclasses.asdict(state), indent=1))
+            if final.exists():  # the same step again, after a resume from an older checkpoint
+                shutil.rmtree(final)
+            os.replace(temporary, final)
+            sync_directory(self.folder)
+            for old in self.all()[: -self._limit] if self._limit else []:
+                shutil.rmtree(old)
+        self._ranks.barrier()
+
+    def load(self, checkpoint: Path, model: nn.Module, optimizer: AdamW) -> None:
+        """Read a checkpoint into a model and its optimiser, whatever layout and world size wrote it.
+
+        Raises:
+            UserError: a file of it is missing or damaged.
+        """
+        try:
+            dcp.load(
+                _tensors(model, optimizer),
+                storage_reader=FileSystemReader(checkpoint),
+                no_dist=self._ranks.world_size == 1,
+                process_group=self._ranks.host_group,
+            )
+        except Exception as error:  # dcp raises whatever its unpickling and reading raise
+            older = [path.name for path in self.all() if path != checkpoint]
+            raise UserError(
+                f"{checkpoint}: the checkpoint is damaged ({type(error).__name__}: {error}); remove it"
+                + (f" to resume from {older[-1]}" if older else " to start anew")
+            ) from error
+
+
+def _tensors(model: nn.Module, optimizer: AdamW) -> dict[str, Any]:
+    return {"model": dict(model.named_parameters()), "optimizer": optimizer.state_dict()}
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Hash over all parameters by name, independent of the layout; every rank must call it."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        tensor: Tensor = parameter.detach()
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
+        tensor = tensor.cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

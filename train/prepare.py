@@ -1,0 +1,216 @@
+"""From a checked experiment file to the parts of a run: the plan, the model, the sizes, and where to resume."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shards.errors import UserError
+from shards.mixture import MixtureConfig, MixturePlan, load_mixture
+from shards.settings import validate
+from train.checkpoint import Checkpoints, RunState, differences
+from train.config import ExperimentConfig
+from train.distributed import Ranks
+from train.models import BaseModelConfig, BaseModelForCausalLM, ModelRegistry
+from train.optim import AdamW
+from train.run_folder import RunFolder
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """The parts of a run.
+
+    Attributes:
+        global_batch: windows per step, over all ranks.
+        accumulation: micro-batches per step on each rank.
+        world_size: ranks that the global batch is meant for, not necessarily those present.
+        ending: what ends the run, in words.
+        checkpoint: the checkpoint to resume from.
+    """
+
+    config: ExperimentConfig
+    ranks: Ranks
+    plan: MixturePlan
+    model: BaseModelForCausalLM
+    global_batch: int
+    accumulation: int
+    world_size: int
+    total_steps: int
+    ending: str
+    checkpoints: Checkpoints
+    checkpoint: Path | None
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must share."""
+        training = self.config.training
+        runtime = {"use_flash_attention", "gradient_checkpointing", "initializer_range"}
+        return {
+            "experiment": {"seed": self.config.experiment.seed},
+            "model": self.model.config.model_dump(mode="json", exclude=runtime),
+            "training": {
+                "optimizer": training.optimizer,
+                "betas": list(training.betas),
+                "eps": training.eps,
+                "weight_decay": training.weight_decay,
+                "global_batch": self.global_batch,
+            },
+            "data": {"document_mask": self.config.data.document_mask},
+        }
+
+    def state_at(self, step: int, next_sample: int, skipped_steps: int = 0) -> RunState:
+        """The run's state after `step` updates."""
+        resume_from = self.config.checkpointing.resume_from_checkpoint
+        return RunState(
+            step=step,
+            next_sample=next_sample,
+            plan=self.plan.fingerprint(next_sample),
+            past=self.plan.past(next_sample),
+            position=self.plan.position(next_sample),
+            identity=self.identity(),
+            world_size=self.world_size,
+            skipped_steps=skipped_steps,
+            origin=None if resume_from in (None, "auto", "never") else resume_from,
+        )
+
+    def resume(self, model: BaseModelForCausalLM, optimizer: AdamW, run: RunFolder) -> RunState:
+        """Load the checkpoint to resume from, if there is one, and say what the run will do.
+
+        Raises:
+            UserError: the checkpoint belongs to a different run, or is damaged.
+        """
+        state = self.state_at(0, 0)
+        if self.checkpoint is not None:
+            state = RunState.read(self.checkpoint)
+            state.check_resumable(self.plan, self.identity(), self.checkpoint)
+            self.checkpoints.load(self.checkpoint, model, optimizer)
+        if self.ranks.is_first and (aside := self.checkpoints.set_aside(state.step)):
+            run.say(f"later checkpoints and a copy of the metrics are now in {aside}")
+        self._describe(run, state)
+        run.write_start(self.config, self.plan, model.get_num_params(), self.global_batch)
+        return state
+
+    def _describe(self, run: RunFolder, state: RunState) -> None:
+        config, tokens = self.config, self.global_batch * self.plan.seq_len
+        run.say(
+            f"{config.experiment.name}: {self.model.get_num_params():,} parameters, {self.ranks.world_size} rank(s) on "
+            f"{self.ranks.device.type}, {config.strategy if self.ranks.world_size > 1 else 'one process'}, "
+            f"{config.training.mixed_precision}"
+        )
+        run.say(
+            f"{self.ending}; a step is {self.global_batch} windows of {self.plan.seq_len:,} tokens = {tokens:,} tokens"
+        )
+        run.say(
+            f"the ranks share a step as {self.ranks.world_size} rank(s) x {self.accumulation} micro-batch(es) "
+            f"x {config.training.batch_size} windows"
+        )
+        if self.checkpoint is None:
+            return
+        run.say(f"resuming from {self.checkpoint} at step {state.step}")
+        if previous := run.previous_config():
+            for line in differences(previous, config.model_dump(mode="json")):
+                run.say(f"  changed since the last start: {line}")
+
+
+def prepare(config: ExperimentConfig, ranks: Ranks) -> Setup:
+    """Open everything that a run needs and check that it fits together; the model stays on the meta device.
+
+    Raises:
+        UserError: with the file and field that has to change.
+    """
+    model_config = load_model_config(config)
+    with torch.device("meta"):
+        model = ModelRegistry.create_model(model_config.model_type, model_config)
+    checkpoints = Checkpoints(Path(config.checkpointing.output_dir), config.checkpointing.save_total_limit, ranks)
+    checkpoint = checkpoints.find(config.checkpointing.resume_from_checkpoint)
+    first_world_size = RunState.read(checkpoint).world_size if checkpoint else ranks.world_size
+    world_size = config.training.world_size or first_world_size
+    global_batch, accumulation = _share_batch(config, world_size, ranks)
+
+    mixture = load_data_config(config)
+    seq_len = config.data.max_seq_length or model_config.max_position_embeddings
+    if seq_len > model_config.max_position_embeddings:
+        raise UserError(
+            f"data.max_seq_length {seq_len:,} is more than the model's max_position_embeddings "
+            f"{model_config.max_position_embeddings:,}"
+        )
+    max_steps = config.training.max_steps
+    if max_steps is None and mixture.total_tokens is None:
+        raise UserError("nothing says when the run ends: give training.max_steps, or total_tokens in the mixture")
+    plan = MixturePlan.build(mixture, seq_len, total_samples=max_steps and max_steps * global_batch)
+    _check_vocabulary(plan, model_config)
+    total_steps, ending = _run_length(max_steps, mixture, plan, global_batch)
+    return Setup(
+        config, ranks, plan, model, global_batch, accumulation, world_size, total_steps, ending, checkpoints, checkpoint
+    )
+
+
+def load_model_config(config: ExperimentConfig) -> BaseModelConfig:
+    """The model's configuration: the file or the inline fields, with the overrides on top."""
+    section = config.model
+    if section.config_path is not None:
+        model_config = ModelRegistry.load_config(section.config_path, section.overrides)
+    else:
+        fields = {"model_type": section.type, **(section.config or {}), **section.overrides}
+        model_config = ModelRegistry.parse_config(fields, "model.config")
+    if model_config.model_type != section.type:
+        raise UserError(
+            f"model.type is {section.type}, but {section.config_path} describes model_type {model_config.model_type}"
+        )
+    return model_config
+
+
+def load_data_config(config: ExperimentConfig) -> MixtureConfig:
+    """The mixture: the file or the inline fields."""
+    if config.data.config_path is not None:
+        return load_mixture(config.data.config_path)
+    return validate(MixtureConfig, config.data.config, "data.config")
+
+
+def _share_batch(config: ExperimentConfig, world_size: int, ranks: Ranks) -> tuple[int, int]:
+    """Global batch, and micro-batches per rank with the ranks that are here."""
+    size, accumulation = config.training.batch_size, config.training.gradient_accumulation_steps
+    global_batch = size * accumulation * world_size
+    if global_batch % (size * ranks.world_size):
+        raise UserError(
+            f"the global batch is {global_batch} windows (batch_size {size} x gradient_accumulation_steps "
+            f"{accumulation} x world_size {world_size}), which {ranks.world_size} rank(s) with batch_size {size} "
+            f"cannot share evenly; start with a number of ranks that divides {global_batch // size}, or change "
+            "training.batch_size"
+        )
+    return global_batch, global_batch // (size * ranks.world_size)
+
+
+def _check_vocabulary(plan: MixturePlan, model_config: BaseModelConfig) -> None:
+    """Refuse data whose ids the model does not have, and a model with far more ids than the tokenizer."""
+    data, model = plan.vocab_size, model_config.vocab_size
+    path = plan.sources[0].dataset.path
+    if model < data:
+        raise UserError(
+            f"the data ({path}) was tokenized with a vocabulary of {data:,} ids, but the model's vocab_size is "
+            f"{model:,}; use the model's tokenizer, or set vocab_size to {data} (model.overrides.vocab_size={data})"
+        )
+    # Rounding up for speed and reserved ids stays within this (DeepSeek-V2: 100,015 ids, vocab_size 102,400).
+    if model > data * 1.1 + 1024:
+        raise UserError(
+            f"the model's vocab_size is {model:,}, but the data ({path}) was tokenized with a vocabulary of only "
+            f"{data:,} ids: this looks like another tokenizer; set model.overrides.vocab_size={data} if it is meant"
+        )
+
+
+def _run_length(max_steps: int | None, mixture: MixtureConfig, plan: MixturePlan, global_batch: int) -> tuple[int, str]:
+    """Steps of the run, and what ends it."""
+    by_tokens = None
+    if mixture.total_tokens is not None:
+        by_tokens = mixture.total_tokens // plan.seq_len // global_batch
+        if by_tokens == 0:
+            raise UserError(
+                f"mixture '{mixture.name}': total_tokens {mixture.total_tokens:,} is less than one step of "
+                f"{global_batch * plan.seq_len:,} tokens"
+            )
+    if max_steps is not None and (by_tokens is None or max_steps <= by_tokens):
+        return max_steps, f"the run ends at training.max_steps, {max_steps:,} steps"
+    assert by_tokens is not None
+    return by_tokens, f"the run ends at the mixture's total_tokens, {mixture.total_tokens:,} = {by_tokens:,} steps"

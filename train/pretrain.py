@@ -1,0 +1,193 @@
+"""Pretraining from one experiment file.
+
+    torchrun --nproc-per-node 8 train/pretrain.py --config configs/experiments/FILE.yaml
+    python train/pretrain.py --config FILE.yaml training.learning_rate=1e-4 checkpointing.save_steps=200
+
+The same command again goes on where the run stopped, bit for bit; SIGTERM or Ctrl-C saves a checkpoint first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shards.errors import run_command
+from shards.loader import Batch, WindowLoader
+from train.checkpoint import weights_sha256
+from train.config import ExperimentConfig, load_experiment
+from train.distributed import Ranks, start_ranks
+from train.evaluate import Validation
+from train.metrics import MetricsLog, Speed, read_metrics
+from train.models import BaseModelForCausalLM
+from train.optim import AdamW
+from train.parallel import delay_reduction, parallelize, reduce_gradients
+from train.plot import plot_losses
+from train.prepare import Setup, prepare
+from train.run_folder import RunFolder
+from train.schedule import learning_rate
+
+
+def pretrain(config: ExperimentConfig, ranks: Ranks) -> None:
+    """Train from the newest checkpoint, or from the start, to the end of the run or until told to stop."""
+    stop = StopRequest()
+    setup = prepare(config, ranks)
+    plan, total_steps = setup.plan, setup.total_steps
+    run = RunFolder(Path(config.checkpointing.output_dir), ranks)
+    model: BaseModelForCausalLM = setup.model
+    parallelize(model, config, ranks)
+    optimizer = AdamW(model, config.training)
+    validation = Validation(config.evaluation, plan, config.training.batch_size, config.data.document_mask, ranks)
+    state = setup.resume(model, optimizer, run)
+    loader = WindowLoader(
+        plan,
+        batch_size=config.training.batch_size,
+        accumulation=setup.accumulation,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        next_sample=state.next_sample,
+        document_mask=config.data.document_mask,
+        num_workers=config.data.num_workers,
+        prefetch_factor=config.data.prefetch_factor,
+        pin_memory=config.data.pin_memory and ranks.device.type == "cuda",
+    )
+    log = MetricsLog(run.path, config, state.step) if ranks.is_first else None
+    speed = Speed(state.step, total_steps, setup.global_batch * plan.seq_len)
+    skipped = torch.tensor(float(state.skipped_steps), device=ranks.device)
+
+    def write(row: dict[str, Any]) -> None:
+        if log is not None:
+            log.write({"step": step, "tokens": step * setup.global_batch * plan.seq_len, **row})
+
+    def evaluate() -> None:
+        if not validation.sets:
+            return
+        start = time.perf_counter()
+        metrics = validation.run(model)
+        write(metrics)
+        numbers = "  ".join(f"{key} {value:.4f}" for key, value in metrics.items() if key != "val")
+        run.say(f"step {step:>6}  {numbers}")
+        speed.pause(time.perf_counter() - start)
+
+    def save() -> None:
+        start = time.perf_counter()
+        if log is not None:
+            log.sync()
+        setup.checkpoints.save(setup.state_at(step, loader.next_sample, int(skipped.item())), model, optimizer)
+        speed.pause(time.perf_counter() - start)
+
+    step = state.step
+    if step == 0:
+        evaluate()
+    model.train()
+    while step < total_steps:
+        step += 1
+        rate = learning_rate(step, config.training, total_steps)
+        batches = next(loader)
+        # One exchange between the hosts per step: the tokens that the loss is divided by, and whether to stop.
+        valid = sum(int((batch.labels != -100).sum()) for batch in batches)
+        tokens, stopping = ranks.sum_on_host([valid, stop.requested])
+        loss = torch.zeros((), device=ranks.device)
+        for index, batch in enumerate(batches):
+            delay_reduction(model, index < len(batches) - 1)
+            part = summed_loss(model, batch, ranks) / tokens
+            part.backward()
+            loss += part.detach()
+        reduce_gradients(model, ranks)
+        norm, bad = optimizer.step(rate)
+        skipped += bad
+
+        last = step == total_steps
+        if step % config.logging.log_steps == 0 or last:
+            ranks.sum_(loss)
+            tokens_per_second, left = speed.measure(step)
+            row = {"loss": finite(loss), "lr": rate, "grad_norm": finite(norm), "tokens_per_second": tokens_per_second}
+            write({"next_sample": loader.next_sample, **row, "skipped_steps": int(skipped.item())})
+            run.say(
+                f"step {step:>6}/{total_steps}  loss {loss.item():.4f}  lr {rate:.2e}  grad {norm.item():.2f}  "
+                f"{tokens_per_second:,.0f} tok/s  ETA {left}"
+            )
+        if last or (config.logging.eval_steps and step % config.logging.eval_steps == 0):
+            evaluate()
+        if last or stopping or step % config.checkpointing.save_steps == 0:
+            save()
+        if stopping and not last:
+            run.say(f"stopped on request at step {step}, checkpoint saved; the same command goes on from here")
+            break
+    loader.close()
+    if log is not None:
+        log.close()
+    if step == total_steps:
+        finish(run, model, setup)
+
+
+def summed_loss(model: BaseModelForCausalLM, batch: Batch, ranks: Ranks) -> torch.Tensor:
+    """Loss of a micro-batch, summed over its tokens."""
+    positions = batch.position_ids
+    output = model(
+        batch.input_ids.to(ranks.device, non_blocking=True),
+        labels=batch.labels.to(ranks.device, non_blocking=True),
+        position_ids=None if positions is None else positions.to(ranks.device, non_blocking=True),
+        mask_documents=positions is not None,
+        reduction="sum",
+    )
+    assert output.loss is not None
+    return output.loss
+
+
+def finite(value: torch.Tensor) -> float | None:
+    """A number for JSON, which has no NaN."""
+    number = value.item()
+    return number if math.isfinite(number) else None
+
+
+def finish(run: RunFolder, model: BaseModelForCausalLM, setup: Setup) -> None:
+    """Write `results.json` and the loss curve, and say where everything is."""
+    weights = weights_sha256(model)
+    rows = read_metrics(run.path / "metrics.jsonl")
+    values: dict[str, Any] = {}
+    for row in rows:
+        values |= {key: value for key, value in row.items() if key not in ("tokens_per_second", "next_sample")}
+    initial = {f"initial_{key}": value for key, value in rows[0].items() if key in ("val_loss", "val_bpb")}
+    run.write_json("results.json", {**values, **initial, "weights_sha256": weights})
+    if setup.ranks.is_first:
+        plot_losses(rows, run.path / "loss.png", setup.config.experiment.name)
+    run.say(f"done: {setup.ending}")
+    for label, name in [("results", "results.json"), ("curve", "loss.png"), ("metrics", "metrics.jsonl")]:
+        run.say(f"  {label:<12}{run.path / name}")
+    run.say(f"  {'checkpoint':<12}{setup.checkpoints.all()[-1] if setup.ranks.is_first else ''}")
+
+
+class StopRequest:
+    """Becomes true on SIGTERM or Ctrl-C; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: object) -> None:
+        self.requested = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, metavar="FILE", help="experiment file (YAML)")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="replaces a field of the file")
+    arguments = parser.parse_args()
+    config = load_experiment(arguments.config, arguments.overrides)
+    ranks = start_ranks(config.training.backend)
+    pretrain(config, ranks)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_command(main)

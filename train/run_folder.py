@@ -1,0 +1,106 @@
+"""The folder of a run: its configuration, its manifest, its log."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from shards.files import write_atomic
+from shards.mixture import MixturePlan
+from train.config import ExperimentConfig
+from train.distributed import Ranks
+
+
+class RunFolder:
+    """`experiments/<name>/`; on ranks other than the first it writes and prints nothing."""
+
+    def __init__(self, path: Path, ranks: Ranks) -> None:
+        self.path = path
+        self._ranks = ranks
+        if ranks.is_first:
+            (path / "logs").mkdir(parents=True, exist_ok=True)
+
+    def say(self, message: str) -> None:
+        """Print a line and keep it in `logs/train.log`."""
+        if not self._ranks.is_first:
+            return
+        print(message, flush=True)
+        with (self.path / "logs" / "train.log").open("a", encoding="utf-8") as log:
+            log.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {message}\n")
+
+    def previous_config(self) -> dict[str, Any] | None:
+        """The configuration of the last start, if there was one."""
+        path = self.path / "config.yaml"
+        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def write_start(self, config: ExperimentConfig, plan: MixturePlan, parameters: int, global_batch: int) -> None:
+        """Write `config.yaml` (resolved) and `manifest.json` (what the run is made of)."""
+        if not self._ranks.is_first:
+            return
+        write_atomic(self.path / "config.yaml", config.to_yaml())
+        self.write_json("manifest.json", _manifest(config, plan, parameters, global_batch, self._ranks))
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        """Write a JSON file of the folder, whole or not at all."""
+        if self._ranks.is_first:
+            write_atomic(self.path / name, json.dumps(content, indent=1) + "\n")
+
+
+def _manifest(
+    config: ExperimentConfig, plan: MixturePlan, parameters: int, global_batch: int, ranks: Ranks
+) -> dict[str, Any]:
+    packages = ["torch", "numpy", "numba", "pyarrow", "tokenizers", "pydantic"]
+    return {
+        "name": config.experiment.name,
+        "seed": config.experiment.seed,
+        "parameters": parameters,
+        "global_batch": global_batch,
+        "seq_len": plan.seq_len,
+        "data": {
+            "tokenizer": plan.tokenizer_hash,
+            "vocab_size": plan.vocab_size,
+            "sources": {
+                source.name: {"path": str(source.dataset.path), "fingerprint": source.dataset.fingerprint}
+                for source in plan.sources
+            },
+            "plan": plan.past(plan.total_samples or 0),
+        },
+        "command": sys.argv,
+        "git": _git_state(),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+        "hardware": {
+            "machine": platform.platform(),
+            "world_size": ranks.world_size,
+            "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else "cpu",
+            "threads": torch.get_num_threads(),
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit and whether the tree has changes; None outside a repository or without git."""
+
+    def git(*arguments: str) -> str:
+        here = Path(__file__).parent
+        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
