@@ -7,6 +7,7 @@ Opening compares sizes and 64-byte headers with the manifest and reads no tokens
 from __future__ import annotations
 
 import dataclasses
+import errno
 import mmap
 import os
 import resource
@@ -223,6 +224,13 @@ def map_file(path: Path) -> np.ndarray:
             return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
     except (FileNotFoundError, ValueError):  # ValueError: empty
         raise UserError(f"{path} is missing or empty; {COPY_AGAIN}") from None
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        raise UserError(
+            f"{path}: the data has more shards than files may be open ({limit}); raise `ulimit -n`"
+        ) from None
 
 
 def _allow_many_files() -> None:

@@ -90,13 +90,13 @@ def _problems(path: Path, manifest: Manifest, progress: Callable[[int], object])
     if previous != manifest.tokens:
         yield f"{path}: the last document ends at token {previous:,} of {manifest.tokens:,}; {COPY_AGAIN}"
     counted = {name: {"documents": counts[0], "tokens": counts[1]} for name, counts in sources.items()}
-    listed = {name: {k: counts[k] for k in ("documents", "tokens")} for name, counts in manifest.sources.items()}
+    listed = {name: {k: counts.get(k) for k in ("documents", "tokens")} for name, counts in manifest.sources.items()}
     if counted != listed:
         yield f"{path}/{MANIFEST}: sources {listed}, but documents-*.parquet hold {counted}; {COPY_AGAIN}"
 
 
 def _idx_problems(file: Path, entry: ShardEntry, ends: np.ndarray) -> Iterator[str]:
-    if xxhash.xxh3_64_hexdigest(memoryview(ends.astype("<u4"))) != entry.idx_xxh3:
+    if xxhash.xxh3_64_hexdigest(ends.astype("<u4").data) != entry.idx_xxh3:
         yield f"{file}: the checksum differs: bytes have changed since it was written; {COPY_AGAIN}"
     if len(ends) and (ends[0] < 1 or ends[-1] > entry.tokens or (ends[1:] <= ends[:-1]).any()):
         yield f"{file}: document ends do not rise inside the shard; {COPY_AGAIN}"
@@ -110,7 +110,7 @@ def _bin_problems(
     for start in range(0, entry.tokens, _CHUNK):
         # read, not mapped: a failing disk is then an error that can be reported
         tokens = np.fromfile(file, dtype, min(_CHUNK, entry.tokens - start), offset=start * dtype.itemsize)
-        checksum.update(memoryview(tokens))
+        checksum.update(tokens.data)
         largest = max(largest, int(tokens.max()))
         last = ends[(ends > start) & (ends <= start + len(tokens))] - start - 1
         all_end = all_end and bool((tokens[last] == manifest.eos_id).all())

@@ -277,7 +277,7 @@ class DatasetWriter:
         except OSError as error:
             raise UserError(
                 f"{error.filename or self.directory}: cannot be written ({error.strerror or error}); "
-                "mend that (free space, rights) and run the same command again: it goes on from the last checkpoint"
+                "once that is mended, run the same command again: it goes on from the last checkpoint"
             ) from error
         self._failed = False
 

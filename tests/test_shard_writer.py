@@ -365,7 +365,7 @@ def test_going_on_with_other_documents_leaves_nothing_of_the_first(tmp_path):
 
 def test_row_groups_and_pages_do_not_depend_on_batches(tmp_path):
     """More rows than a Parquet page or row group holds."""
-    documents = make_documents([2] * 40_000)
+    documents = [(tokens, f"{name:0>200}", *rest) for tokens, name, *rest in make_documents([2] * 40_000)]
     straight = write_straight(tmp_path / "straight", documents, 60_000)
     assert pq.read_metadata(tmp_path / "straight" / "documents-00000.parquet").num_row_groups == 2
     writer = DatasetWriter(tmp_path / "batches", **settings_for(60_000))
