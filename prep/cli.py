@@ -79,8 +79,8 @@ def tokenize(
 
         minigpt-prep tokenize src/ 'docs/**/*.md' -t tokenizer.json -o data/code --source code
 
-    **Killed, or the disk was full?** Run the same command again: it goes on from the last finished shard and ends in the
-    same bytes. Once finished, the same command does nothing. With other input or options, OUT is only replaced with
+    **Killed, or the disk was full?** Run the same command again: it goes on from the last finished shard and ends in
+    the same bytes. Once finished, the same command does nothing. With other input or options, OUT is only replaced with
     --overwrite.
 
     **Bad rows** (no JSON, no text, not UTF-8) are set aside in OUT/rejected with file, row and reason. **A file that is
@@ -108,7 +108,7 @@ def tokenize(
         say=lambda line: print(f"note: {line}", file=sys.stderr),
     )
     if summary.up_to_date:
-        print(f"{out}: up to date ({summary.train.documents:,} documents, {summary.train.tokens:,} tokens)")
+        print(f"{out}: up to date ({summary.counts.documents:,} documents, {summary.counts.tokens:,} tokens)")
     else:
         _print_summary(out, summary)
 
@@ -140,8 +140,8 @@ def train_tokenizer(
 
         minigpt-prep train-tokenizer src/ docs/ --vocab-size 32000 --out tokenizer.json --sample-bytes 300000000
 
-    Any text can be encoded (there is no unknown token), numbers are split into groups of up to three digits, and the same
-    input gives the same file. One document in a hundred is held out to measure bytes per token.
+    Any text can be encoded (there is no unknown token), numbers are split into groups of up to three digits, and the
+    same input gives the same file. One document in a hundred is held out to measure bytes per token.
     """
     from prep.train_tokenizer import DEFAULT_SPECIAL_TOKENS
     from prep.train_tokenizer import train_tokenizer as run

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +91,15 @@ class Encoder:
     def __init__(self, tokenizer_json: bytes, where: str, sample: Sequence[str] = ()) -> None:
         import tokenizers
 
-        try:
-            text = _without_limits(tokenizer_json)
-            self._reference: Any = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # tokenizers raises bare Exceptions
-            raise UserError(f"{where}: not a tokenizer.json that `tokenizers` can load: {error}") from None
+        with ThreadPoolExecutor(1) as pool:  # each takes a good part of a second to load a large vocabulary
+            loading = pool.submit(FastEncoder, tokenizer_json)
+            try:
+                self._reference: Any = tokenizers.Tokenizer.from_buffer(tokenizer_json)
+            except Exception as error:  # tokenizers raises bare Exceptions
+                raise UserError(f"{where}: not a tokenizer.json that `tokenizers` can load: {error}") from None
         self._reference.encode_special_tokens = True
+        self._reference.no_truncation()
+        self._reference.no_padding()
         added = self._reference.get_added_tokens_decoder()
         self.special_tokens: dict[str, int] = {
             token.content: number for number, token in added.items() if token.special
@@ -106,7 +110,7 @@ class Encoder:
         self.backend = f"tokenizers {tokenizers.__version__}"
         self.notice: str | None = None
         try:
-            fast = FastEncoder(text)
+            fast = loading.result()
             difference = self.compare(fast.encode, sample)
         except Exception as error:
             difference = f"it cannot use this tokenizer ({error})"
@@ -165,12 +169,14 @@ class Encoder:
 class FastEncoder:
     """`fastokens`: whole batches to flat buffers, with threads of its own, outside the interpreter's lock."""
 
-    def __init__(self, tokenizer_json: str) -> None:
+    def __init__(self, tokenizer_json: bytes) -> None:
         from importlib.metadata import version
 
         import fastokens
 
-        self._tokenizer = fastokens.Tokenizer.from_json_str(tokenizer_json)
+        self._tokenizer = fastokens.Tokenizer.from_json_str(tokenizer_json.decode())
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         self.backend = f"fastokens {version('fastokens')}"
 
     def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -231,14 +237,6 @@ def control_token(special_tokens: dict[str, int], name: str, option: str) -> int
     if name in special_tokens:
         return special_tokens[name]
     raise UserError(f"{option}: {unknown_name('control token', name, special_tokens)}")
-
-
-def _without_limits(tokenizer_json: bytes) -> str:
-    """The tokenizer without truncation and padding, which would cut documents short."""
-    data = orjson.loads(tokenizer_json)
-    if data.get("truncation") is None and data.get("padding") is None:
-        return tokenizer_json.decode()
-    return orjson.dumps({**data, "truncation": None, "padding": None}).decode()
 
 
 def _bounded(sample: Sequence[str]) -> list[str]:

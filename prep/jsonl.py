@@ -26,7 +26,7 @@ from shards.errors import UserError
 
 READ_BYTES = 32 << 10  # compressed bytes handed over at once: fast, and a damaged file loses no more than this
 MAX_LINE_BYTES = 1 << 30
-HEAD_ROWS = 100
+HEAD_ROWS, HEAD_BYTES = 100, 1 << 16
 _NEWLINE, _BRACE = 10, 123
 
 
@@ -39,11 +39,11 @@ def row_blocks(item: Input, columns: Columns, start: int) -> Iterator[Piece]:
     with item.path.open("rb") as file:
         key: tuple[str, pa.DataType] | None = None
         row = 0
-        for data in _cut_at_newlines(_decompress(file, item)):
+        for data in _cut_at_newlines(_decompress(file, item), BLOCK_BYTES):
             if row == 0:
                 data = data.removeprefix(b"\xef\xbb\xbf")
                 key = _id_column(data, columns)
-            first, row = row, row + data.count(b"\n") + (not data.endswith(b"\n"))
+            first, row = row, row + _count_lines(data)
             if first >= start:
                 yield Piece(partial(_parse, data, item, columns, key, first), len(data), row, file.tell())
 
@@ -57,7 +57,7 @@ def check_rows(item: Input, columns: Columns) -> None:
     rows: list[dict[str, Any]] = []
     with item.path.open("rb") as file:
         try:
-            data = next(_cut_at_newlines(_decompress(file, item), block_bytes=1 << 16), b"")
+            data = next(_cut_at_newlines(_decompress(file, item), HEAD_BYTES), b"")
         except BrokenInput:  # so early that nothing is known; the run reports it
             return
     if data.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
@@ -111,7 +111,7 @@ def _decompress(file: BinaryIO, item: Input) -> Iterator[bytes]:
         raise BrokenInput(f"truncated: the compressed stream stops early, at byte {item.size:,}")
 
 
-def _cut_at_newlines(stream: Iterator[bytes], block_bytes: int = BLOCK_BYTES) -> Iterator[bytes]:
+def _cut_at_newlines(stream: Iterator[bytes], block_bytes: int) -> Iterator[bytes]:
     """Blocks of whole lines; where the stream breaks, the whole lines before that and then the error."""
     parts: list[bytes] = []
     size = 0
@@ -132,6 +132,10 @@ def _cut_at_newlines(stream: Iterator[bytes], block_bytes: int = BLOCK_BYTES) ->
         raise
     if size:
         yield b"".join(parts)
+
+
+def _count_lines(data: bytes) -> int:
+    return int(np.count_nonzero(np.frombuffer(data, np.uint8) == _NEWLINE)) + (not data.endswith(b"\n"))
 
 
 def _parse(data: bytes, item: Input, columns: Columns, key: tuple[str, pa.DataType] | None, first: int) -> Documents:

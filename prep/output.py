@@ -217,7 +217,7 @@ def _write_rejected(out: Path, part: int, rows: Sequence[Rejected]) -> None:
 
 
 def _clear(out: Path) -> None:
-    """Remove the files of an earlier run, and no others; the manifest first, so that no half-removed dataset looks whole."""
+    """Remove the files of an earlier run, and no others; the manifest first: nothing half removed looks whole."""
     for folder in (out, out / VAL):
         for pattern in _OWN:
             for path in folder.glob(pattern):
@@ -243,7 +243,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     for name in now["options"]:
         if (old := before["options"].get(name)) != now["options"][name]:
             changes.append(f"--{name.replace('_', '-')} was {old} and is {now['options'][name]}")
-    if before["tokenizer_hash"] != now["tokenizer_hash"]:
+    if before["tokenizer"] != now["tokenizer"]:
         changes.append("--tokenizer is another one")
     for name in sorted({*before["inputs"], *now["inputs"]}):
         old, new = before["inputs"].get(name), now["inputs"].get(name)

@@ -33,9 +33,9 @@ ROW_SUFFIXES = (".jsonl", ".ndjson", ".json")
 COMPRESSIONS = (".gz", ".zst", ".zstd")
 PARQUET_SUFFIXES = (".parquet", ".pq")
 _TEXT_NAMES = """
-    txt text md markdown rst adoc org tex html htm xml py pyi c h cc cpp cxx hpp hh cu cuh java kt scala js jsx mjs ts tsx
-    go rs rb php pl pm lua r jl swift m hs ml mli ex exs erl clj el lisp scm sh bash zsh ps1 sql css scss yaml yml toml ini
-    cfg cmake proto vim f90 zig dart v
+    txt text md markdown rst adoc org tex html htm xml py pyi c h cc cpp cxx hpp hh cu cuh java kt scala js jsx mjs ts
+    tsx go rs rb php pl pm lua r jl swift m hs ml mli ex exs erl clj el lisp scm sh bash zsh ps1 sql css scss yaml yml
+    toml ini cfg cmake proto vim f90 zig dart v
 """
 TEXT_SUFFIXES = frozenset("." + name for name in _TEXT_NAMES.split())
 MAX_TEXT_BYTES = 1 << 30

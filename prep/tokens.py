@@ -28,7 +28,7 @@ from prep.output import REJECTED, TRAIN, VAL, Counts, Encoded, Output, Part, des
 from prep.progress import Progress
 from prep.sources import check_inputs, find_inputs, read_blocks
 from shards.errors import UserError
-from shards.format import DEFAULT_SHARD_TOKENS, MANIFEST, Manifest, token_dtype, tokenizer_hash
+from shards.format import DEFAULT_SHARD_TOKENS, MANIFEST, Manifest, token_dtype
 
 IN_FLIGHT_BYTES = 64 << 20  # text that waits or is being encoded; one larger block may be on its way alone
 MIN_ROWS = 1_000  # before that many rows a share of bad ones says little
@@ -106,7 +106,7 @@ def tokenize(
     columns = Columns(options.text_column, options.id_column)
     tokenizer_json, tokenizer_path = load_tokenizer(tokenizer)
     recipe: dict[str, Any] = {"command": "tokenize", "options": vars(options)}
-    run = {**recipe, "inputs": describe_inputs(inputs), "tokenizer_hash": tokenizer_hash(tokenizer_json)}
+    run = {**recipe, "inputs": describe_inputs(inputs), "tokenizer": xxhash.xxh3_128_hexdigest(tokenizer_json)}
 
     state = open_output(out, run, overwrite)
     if state and "finished" in state:
@@ -201,7 +201,7 @@ class BlockEncoder:
         """Divide documents between training and validation by the hash of their ids."""
         if not self.threshold:
             return {TRAIN: whole}
-        hashes = (xxhash.xxh3_64_intdigest(identity) for identity in whole.ids.to_pylist())
+        hashes = (xxhash.xxh3_64_intdigest(identity) for identity in whole.ids.cast(pa.binary()).to_pylist())
         val = np.fromiter((value < self.threshold for value in hashes), bool, len(whole.ids))
         return {name: _select(whole, chosen) for name, chosen in ((TRAIN, ~val), (VAL, val)) if chosen.any()}
 
@@ -256,8 +256,8 @@ def _check_bad_rows(output: Output, max_bad_rows: float) -> None:
     if counts.rows >= MIN_ROWS and counts.bad > max_bad_rows * counts.rows:
         output.checkpoint()
         raise UserError(
-            f"{counts.bad:,} of {counts.rows:,} rows are bad, more than --max-bad-rows {max_bad_rows:g}; rows and reasons "
-            f"are in {output.out / REJECTED}. What was read is kept: run the same command with a higher limit to go on"
+            f"{counts.bad:,} of {counts.rows:,} rows are bad, more than --max-bad-rows {max_bad_rows:g}; rows and "
+            f"reasons are in {output.out / REJECTED}. What was read is kept: run the same command with a higher limit"
         )
 
 
