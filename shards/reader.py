@@ -84,16 +84,13 @@ class TokenDataset:
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of the stream: a view inside one shard, a copy across shard borders."""
         self._check_range(start, stop)
-        first, last = start // self.shard_tokens, max(start, stop - 1) // self.shard_tokens
-        if first == last and start < stop:
-            offset = first * self.shard_tokens
-            return self.shard(first)[start - offset : stop - offset]
+        if start == stop:
+            return np.empty(0, self.dtype)
         parts = [
             self.shard(index)[max(0, start - index * self.shard_tokens) : stop - index * self.shard_tokens]
-            for index in range(first, last + 1)
-            if start < stop
+            for index in range(start // self.shard_tokens, (stop - 1) // self.shard_tokens + 1)
         ]
-        return np.concatenate(parts) if parts else np.empty(0, self.dtype)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def document_ends(self, start: int, stop: int) -> np.ndarray:
         """Stream positions e (int64, rising) where a document ends, start < e <= stop; O(log documents) per shard."""
@@ -228,9 +225,7 @@ def map_file(path: Path) -> np.ndarray:
         if error.errno != errno.EMFILE:
             raise
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        raise UserError(
-            f"{path}: the data has more shards than files may be open ({limit}); raise `ulimit -n`"
-        ) from None
+        raise UserError(f"{path}: more shards than files may be open ({limit}); raise `ulimit -n`") from None
 
 
 def _allow_many_files() -> None:

@@ -12,6 +12,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import shards.verify
 from shards.errors import UserError
 from shards.format import Manifest, dataset_fingerprint, pack_header, token_dtype, tokenizer_hash, unpack_header
 from shards.reader import Document, TokenDataset
@@ -261,6 +262,7 @@ FOUND = {
     "idx flipped": (lambda d: edit(d / "shard-00003.idx", flip(-4)), r"shard-00003\.idx: the checksum differs"),
     "largest id": (lambda d: set_tokens(d, 2, 3, 500), r"shard-00002\.bin: token id 500 is not below .* size 500"),
     "no EOS": (lambda d: set_tokens(d, 3, 4, 9), r"shard-00003\.bin: a document ends without EOS \(id 0\)"),
+    "no EOS at the border": (lambda d: set_tokens(d, 0, 9, 9), r"shard-00000\.bin: a document ends without EOS"),
     "ends fall": (
         lambda d: (edit(d / "shard-00000.idx", lambda c: c[:64] + c[68:72] + c[64:68]), seal(d, 0)),
         r"shard-00000\.idx: document ends do not rise",
@@ -285,7 +287,9 @@ FOUND = {
 
 
 @pytest.mark.parametrize("damage", FOUND)
-def test_damage_that_only_verifying_finds(dataset, damage):
+def test_damage_that_only_verifying_finds(dataset, damage, monkeypatch):
+    monkeypatch.setattr(shards.verify, "_CHUNK", 3)
+    assert verify_dataset(dataset).problems == ()
     act, message = FOUND[damage]
     act(dataset)
     TokenDataset(dataset)
