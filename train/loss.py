@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORE_INDEX = -100
-CHUNK_LOGITS = 2**23  # logits of one chunk: 32 MiB in float32
+CHUNK_LOGITS = 2**25  # of one chunk: 64 MiB in bf16, as much again for their gradient
 
 
 def token_losses(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
@@ -66,13 +66,15 @@ class _SummedLoss(torch.autograd.Function):
         rows = _chunk_rows(head)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
-        grad_head = torch.zeros_like(head, dtype=torch.float32)
+        grad_head: Tensor | None = None
         for start in range(0, len(hidden), rows):
             h, y = hidden[start : start + rows], labels[start : start + rows]
             loss, dz = kernel(h @ weight.T, y)
             total += loss
             torch.mm(dz, weight, out=grad_hidden[start : start + rows])
-            grad_head += dz.T @ h
+            part = (dz.T @ h).float()
+            grad_head = part if grad_head is None else grad_head.add_(part)
+        assert grad_head is not None
         ctx.save_for_backward(grad_hidden, grad_head.to(head.dtype))
         return total
 

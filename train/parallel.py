@@ -29,8 +29,8 @@ def parallelize(model: BaseModelForCausalLM, config: ExperimentConfig, ranks: Ra
     """Make a model on the meta device ready to train on `ranks`, its weights drawn from the experiment's seed."""
     model.compute_dtype = torch.bfloat16 if config.training.mixed_precision == "bf16" else torch.float32
     if config.training.compile and compiler_found(ranks):
-        for layer in model.layers:
-            layer.compile(fullgraph=True)
+        for module in [*model.layers, model.norm]:
+            module.compile(fullgraph=True)
         model.loss_kernel = torch.compile(model.loss_kernel, fullgraph=True)
     if config.strategy == "fsdp" and ranks.world_size > 1:
         shard(model, ranks)
