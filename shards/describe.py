@@ -119,9 +119,9 @@ def _warnings(plan: MixturePlan, total: int, sources: list[dict[str, Any]]) -> l
 def amount(number: float) -> str:
     """A count in three digits: 9.00 K, 12.3 M, 2.00 T; whole numbers below 1,000."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if number >= size:
+        if number >= 0.9995 * size:
             scaled = number / size
-            return f"{scaled:.{max(0, 2 - (scaled >= 10) - (scaled >= 100))}f} {unit}"
+            return f"{scaled:.{2 - (scaled >= 9.995) - (scaled >= 99.95)}f} {unit}"
     return f"{number:.0f}"
 
 
