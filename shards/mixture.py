@@ -177,8 +177,8 @@ class MixturePlan:
             "seq_len": self.seq_len,
             "phases": [
                 {
-                    "start": phase.start,
-                    "weights": {s.name: w for s, w in zip(self.sources, phase.weights, strict=True) if w},
+                    "start": phase.start,  # pairs, not a mapping: their order counts, because prefix sums depend on it
+                    "weights": [[s.name, w] for s, w in zip(self.sources, phase.weights, strict=True) if w],
                 }
                 for phase in started
             ],
@@ -186,8 +186,9 @@ class MixturePlan:
         }
 
     def fingerprint(self, stop: int) -> str:
-        """Hash of `past(stop)`; the order of the sources counts, because prefix sums depend on it."""
-        return xxhash.xxh3_128_hexdigest(json.dumps(self.past(stop), separators=(",", ":")).encode())
+        """Hash of `past(stop)`."""
+        past = json.dumps(self.past(stop), sort_keys=True, separators=(",", ":"))
+        return xxhash.xxh3_128_hexdigest(past.encode())
 
     def position(self, stop: int) -> dict[str, dict[str, int]]:
         """Where each source's cursor stands before sample `stop`: draws, epoch, window of the epoch, shard and offset.

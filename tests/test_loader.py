@@ -97,6 +97,25 @@ def test_wide_ids(tmp_path):
     assert (windows.numpy() == np.stack([stream[start : start + 65] for start in found.start])).all()
 
 
+def test_far_windows_of_a_huge_source(tmp_path):
+    """20 GB of sparse shards open without a read, and positions beyond 2^32 are served."""
+    from tools.bench.loader import sparse_dataset
+
+    sparse_dataset(tmp_path / "huge", 10**10)
+    source = {"name": "huge", "path": str(tmp_path / "huge"), "weight": 1}
+    plan = MixturePlan.build(MixtureConfig.model_validate({"sources": [source]}), 1000)
+    found = plan.locate(np.arange(1000))
+    row = int(found.start.argmax())
+    assert found.start[row] > 2**33
+    shard, offset = divmod(int(found.start[row]), 2**27)
+    with (tmp_path / "huge" / f"shard-{shard:05d}.bin").open("r+b") as file:
+        file.seek(2 * offset)
+        file.write(np.arange(1, 1002, dtype="<u2").tobytes())
+    assert not plan.sources[0].dataset._tokens  # nothing is mapped yet
+    windows, _ = WindowReader(plan).read(np.arange(row, row + 1))
+    assert windows[0].tolist() == list(range(1, 1002))
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     batch_size=st.integers(1, 7),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from collections import defaultdict
 from fractions import Fraction
 from types import SimpleNamespace
@@ -319,6 +320,18 @@ def test_paths_and_unused_sources_are_not_part_of_the_past():
     other = make_plan({"sources": moved}, {"web": 100, "spare": 55}, 10)
     assert plan.fingerprint(500) == other.fingerprint(500)
     assert plan.past(500)["sources"] == {"web": "data of web"}
+
+
+def test_the_past_is_json_and_the_state_is_small():
+    """100 sources: next sample and fingerprint stay under 1 KB; the order of the sources is part of the past."""
+    sources = [{"name": f"source {number}", "path": "x", "weight": 1 + number} for number in range(100)]
+    tokens = {source["name"]: 10**10 for source in sources}
+    plan = make_plan({"sources": sources}, tokens, 4096)
+    assert json.loads(json.dumps(plan.past(10**8))) == plan.past(10**8)
+    assert len(json.dumps({"next_sample": 10**8, "plan": plan.fingerprint(10**8)})) < 1024
+    turned = make_plan({"sources": sources[::-1]}, tokens, 4096)
+    assert turned.past(10**8) != plan.past(10**8)
+    assert turned.fingerprint(10**8) != plan.fingerprint(10**8)
 
 
 @settings(max_examples=60)

@@ -111,7 +111,7 @@ def test_seq_len_must_be_positive(folder):
 
 def test_paths_expand_variables_and_defaults(folder, monkeypatch):
     config = load(folder, **sources(path="${MIXTURE_TEST_DATA:-nowhere}/math"))
-    with pytest.raises(UserError, match="source 'math': .*nowhere/math has no dataset.json"):
+    with pytest.raises(UserError, match=r"source 'math': .*nowhere/math has no dataset\.json"):
         MixturePlan.build(config, 100, base=folder)
     monkeypatch.setenv("MIXTURE_TEST_DATA", str(folder))
     plan = MixturePlan.build(config, 100, base=folder)
