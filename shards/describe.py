@@ -91,14 +91,15 @@ def summarize(plan: MixturePlan) -> dict[str, Any]:
 
 def _warnings(plan: MixturePlan, total: int, sources: list[dict[str, Any]]) -> list[str]:
     lines = []
-    for source in sources:
-        if source["epochs"] > GOOD_EPOCHS:
-            lines.append(
-                f"'{source['name']}' is read {source['epochs']:.1f} times; beyond {GOOD_EPOCHS} epochs repeated tokens "
-                "are worth less and less (Muennighoff et al. 2023, arXiv 2305.16264)"
-            )
-        if not source["samples"]:
-            lines.append(f"'{source['name']}' is never drawn")
+    often = [f"'{source['name']}' {source['epochs']:.1f} times" for source in sources if source["epochs"] > GOOD_EPOCHS]
+    if often:
+        lines.append(
+            f"read {', '.join(often)}: beyond {GOOD_EPOCHS} epochs repeated tokens are worth less and less "
+            "(Muennighoff et al. 2023, arXiv 2305.16264)"
+        )
+    unused = [f"'{source['name']}'" for source in sources if not source["samples"]]
+    if unused:
+        lines.append(f"never drawn: {', '.join(unused)}")
     for phase in plan.phases:
         if phase.start >= total:
             lines.append(
