@@ -28,6 +28,9 @@ class Position(NamedTuple):
     row: int = 0
 
 
+START = Position()
+
+
 class Rejected(NamedTuple):
     """A row that is not a document: its file, its row (in JSON the line; from 1), why, and how it begins."""
 

@@ -25,6 +25,7 @@ from prep.documents import BLOCK_BYTES, BrokenInput, Columns, Documents, Input, 
 from shards.errors import UserError
 
 READ_BYTES = 32 << 10  # compressed bytes handed over at once: fast, and a damaged file loses no more than this
+PIECE_BYTES = 1 << 20  # and well-compressed text comes out in pieces of this size
 MAX_LINE_BYTES = 1 << 30
 HEAD_ROWS, HEAD_BYTES = 100, 1 << 16
 _NEWLINE, _BRACE = 10, 123
@@ -91,7 +92,7 @@ def _decompress(file: BinaryIO, item: Input) -> Iterator[bytes]:
         # written with `zstd --long` a frame may ask for a window of up to 2 GB
         new_decoder = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj
     else:
-        yield from iter(partial(file.read, 1 << 20), b"")
+        yield from iter(partial(file.read, PIECE_BYTES), b"")
         return
     decoder: Any = None
     while data := file.read(READ_BYTES):
@@ -105,7 +106,7 @@ def _decompress(file: BinaryIO, item: Input) -> Iterator[bytes]:
             except Exception as error:  # zlib.error, ZstdError: not worth importing both for their names
                 position = file.tell() - len(data)
                 raise BrokenInput(f"cannot be decompressed near byte {position:,} of {item.size:,} ({error})") from None
-            yield piece
+            yield from (piece[at : at + PIECE_BYTES] for at in range(0, len(piece), PIECE_BYTES))
             data, decoder = (decoder.unused_data, None) if decoder.eof else (b"", decoder)
     if decoder is not None:
         raise BrokenInput(f"truncated: the compressed stream stops early, at byte {item.size:,}")

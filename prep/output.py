@@ -22,13 +22,13 @@ import xxhash
 from prep.documents import Input, Position, Rejected
 from shards.errors import UserError
 from shards.files import publish, write_atomic
-from shards.format import MANIFEST
+from shards.format import MANIFEST, TOKENIZER
 from shards.writer import DatasetWriter
 
 RUN, PROGRESS, REJECTED = "run.json", "progress.json", "rejected"
 TRAIN, VAL = "train", "val"
 MAX_PENDING_REJECTED = 10_000
-_OWN = (MANIFEST, PROGRESS, RUN, "tokenizer.json", "*.tmp", "shard-*", "documents-*.*", f"{REJECTED}/part-*")
+_OWN = (f"{MANIFEST}*", f"{PROGRESS}*", f"{RUN}*", "shard-[0-9]*", "documents-[0-9]*", f"{REJECTED}/part-[0-9]*")
 _REJECTED_ROWS = pa.schema(
     [("file", pa.string()), ("row", pa.int64()), ("reason", pa.string()), ("excerpt", pa.string())]
 )
@@ -219,6 +219,9 @@ def _write_rejected(out: Path, part: int, rows: Sequence[Rejected]) -> None:
 def _clear(out: Path) -> None:
     """Remove the files of an earlier run, and no others; the manifest first: nothing half removed looks whole."""
     for folder in (out, out / VAL):
+        if (folder / MANIFEST).exists():  # without one, a tokenizer.json here is the user's
+            (folder / MANIFEST).unlink()
+            (folder / TOKENIZER).unlink(missing_ok=True)
         for pattern in _OWN:
             for path in folder.glob(pattern):
                 path.unlink()
@@ -250,8 +253,6 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
         if old is None or new is None:
             changes.append(f"source '{name}' is {'new' if old is None else 'gone'}")
         elif old != new:
-            counts = [f"{entry['files']:,} files, {entry['bytes']:,} bytes" for entry in (old, new)]
-            changes.append(
-                f"source '{name}' was {counts[0]} and is {counts[1]}" + ", changed since" * (counts[0] == counts[1])
-            )
+            was, now_is = (f"{entry['files']:,} file(s), {entry['bytes']:,} bytes" for entry in (old, new))
+            changes.append(f"source '{name}' has changed (was {was}, is {now_is})")
     return "; ".join(changes) or "its run.json is of another version"

@@ -19,6 +19,7 @@ from typing import Literal
 
 from prep.documents import (
     BLOCK_BYTES,
+    START,
     Block,
     BrokenInput,
     Columns,
@@ -106,7 +107,7 @@ def check_inputs(inputs: Sequence[Input], columns: Columns) -> None:
             )
 
 
-def read_blocks(inputs: Sequence[Input], columns: Columns, start: Position = Position()) -> Iterator[Block]:  # noqa: B008
+def read_blocks(inputs: Sequence[Input], columns: Columns, start: Position = START) -> Iterator[Block]:
     """Cut the inputs into blocks, in order, from the end of a block on (or from the beginning)."""
     from prep.jsonl import row_blocks
     from prep.parquet import parquet_blocks
