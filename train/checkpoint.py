@@ -190,19 +190,32 @@ class Checkpoints:
         Raises:
             UserError: a file of it is missing or damaged.
         """
-        try:
-            dcp.load(
-                _tensors(model, optimizer),
-                storage_reader=FileSystemReader(checkpoint),
-                no_dist=self._ranks.world_size == 1,
-                process_group=self._ranks.host_group,
-            )
-        except Exception as error:  # dcp raises whatever its unpickling and reading raise
-            older = [path.name for path in self.all() if path != checkpoint]
-            raise UserError(
-                f"{checkpoint}: the checkpoint is damaged ({type(error).__name__}: {error}); remove it"
-                + (f" to resume from {older[-1]}" if older else " to start anew")
-            ) from error
+        _read(checkpoint, _tensors(model, optimizer), self._ranks)
+
+
+def load_weights(checkpoint: Path, model: nn.Module) -> None:
+    """Read only the weights of a checkpoint into a model of this process.
+
+    Raises:
+        UserError: a file of it is missing or damaged, or it is of another model.
+    """
+    _read(checkpoint, {"model": dict(model.named_parameters())}, None)
+
+
+def _read(checkpoint: Path, tensors: dict[str, Any], ranks: Ranks | None) -> None:
+    try:
+        dcp.load(
+            tensors,
+            storage_reader=FileSystemReader(checkpoint),
+            no_dist=ranks is None or ranks.world_size == 1,
+            process_group=ranks and ranks.host_group,
+        )
+    except Exception as error:  # dcp passes on whatever unpickling and reading raise
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        raise UserError(
+            f"{checkpoint}: the checkpoint cannot be read ({reason}); if it is damaged, remove it, and the run goes on "
+            "from the one before"
+        ) from error
 
 
 def _tensors(model: nn.Module, optimizer: AdamW) -> dict[str, Any]:

@@ -43,10 +43,11 @@ class RunFolder:
         return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def write_start(self, config: ExperimentConfig, plan: MixturePlan, parameters: int, global_batch: int) -> None:
-        """Write `config.yaml` (resolved) and `manifest.json` (what the run is made of)."""
+        """Write `config.yaml` (resolved), `manifest.json` (what the run is made of) and the data's `tokenizer.json`."""
         if not self._ranks.is_first:
             return
         write_atomic(self.path / "config.yaml", config.to_yaml())
+        write_atomic(self.path / "tokenizer.json", plan.sources[0].dataset.tokenizer_json())
         self.write_json("manifest.json", _manifest(config, plan, parameters, global_batch, self._ranks))
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
@@ -68,6 +69,7 @@ def _manifest(
         "data": {
             "tokenizer": plan.tokenizer_hash,
             "vocab_size": plan.vocab_size,
+            "eos_id": plan.sources[0].dataset.manifest.eos_id,
             "sources": {
                 source.name: {"path": str(source.dataset.path), "fingerprint": source.dataset.fingerprint}
                 for source in plan.sources

@@ -1,0 +1,132 @@
+"""The whole way in a few minutes: real text, a tokenizer, token shards, a mixture, a trained model, samples.
+
+`make demo`, or `python -m tools.demo`. Every step is a command that is printed before it runs; a step whose result is
+there is skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from shards.errors import run_command
+from shards.files import write_atomic
+from tools.demo_corpus import collect
+
+DATA = Path("data/demo")
+RUN = Path("experiments/demo")
+MIXTURE = "configs/data/demo.yaml"
+EXPERIMENT = "configs/experiments/active/demo.yaml"
+SOURCES = ("code", "prose")
+PROMPTS = ("def ", "import os\n", "class ", "Returns ", "The ", "Parameters\n----------\n")
+SAMPLE_TOKENS = 120
+
+console = Console(highlight=False)
+
+
+def main() -> None:
+    """Run all steps and say what they made."""
+    start = time.perf_counter()
+    os.chdir(Path(__file__).parent.parent)
+    console.rule("[bold]1. real text: this Python installation")
+    collect_text()
+    raw = [str(DATA / "raw" / f"{source}.jsonl.zst") for source in SOURCES]
+    tokenizer = DATA / "tokenizer.json"
+    console.rule("[bold]2. a tokenizer")
+    if tokenizer.exists():
+        console.print(f"{tokenizer} is there")
+    else:
+        sample = ["--vocab-size", "4096", "--sample-bytes", "20000000"]
+        run_tool("minigpt-prep", "train-tokenizer", *raw, *sample, "--out", str(tokenizer))
+    console.rule("[bold]3. token shards, one document in fifty for validation")
+    for source, path in zip(SOURCES, raw, strict=True):
+        where = ["--tokenizer", str(tokenizer), "--out", str(DATA / source)]
+        run_tool("minigpt-prep", "tokenize", path, *where, "--source", source, "--val-fraction", "0.02")
+    console.rule("[bold]4. the mixture")
+    run_tool(
+        "minigpt-mix", "inspect", MIXTURE, "--seq-len", "256", "--tokens", "4000000", "--html", str(DATA / "mix.html")
+    )
+    console.rule("[bold]5. pretraining")
+    if not (RUN / "results.json").exists():
+        run_tool("python", "train/pretrain.py", "--config", EXPERIMENT)
+    else:
+        console.print(f"{RUN / 'results.json'} is there")
+    console.rule("[bold]6. samples")
+    samples = RUN / "samples.txt"
+    if not samples.exists():
+        write_samples(samples)
+    console.print(samples.read_text(encoding="utf-8"), markup=False)
+    console.rule(f"[bold]done in {(time.perf_counter() - start) / 60:.1f} minutes")
+    summarise()
+
+
+def collect_text() -> None:
+    """Write the raw corpora unless they are there."""
+    if all((DATA / "raw" / f"{source}.jsonl.zst").exists() for source in SOURCES):
+        console.print(f"{DATA / 'raw'} is there")
+        return
+    with console.status("reading the standard library and the installed packages"):
+        sizes = collect(DATA / "raw")
+    for source, size in sizes.items():
+        console.print(f"{DATA / 'raw' / source}.jsonl.zst  {size / 1e6:.0f} MB of text")
+
+
+def run_tool(program: str, *arguments: str) -> None:
+    """Print a command and run it from this environment; its failure ends the demo."""
+    console.print(f"$ {shlex.join([program, *arguments])}", style="bold cyan", soft_wrap=True)
+    path = Path(sys.executable) if program == "python" else Path(sys.executable).with_name(program)
+    done = subprocess.run([str(path), *arguments])
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def write_samples(path: Path) -> None:
+    """Continue a few openings of code and of prose."""
+    from tools.generate import continue_prompts
+
+    texts = continue_prompts(RUN, list(PROMPTS), max_new_tokens=SAMPLE_TOKENS, temperature=0.7)
+    border = "\n" + "─" * 80 + "\n"
+    write_atomic(path, border.join(text.rstrip() for text in texts) + "\n")
+
+
+def summarise() -> None:
+    """Print the figures, the files and the next commands."""
+    results = json.loads((RUN / "results.json").read_text())
+    figures, files = Table.grid(padding=(0, 2)), Table.grid(padding=(0, 2))
+    figures.add_row("[bold]validation", "[bold]before", "[bold]after")
+    figures.add_row("loss, nats per token", f"{results['initial_val_loss']:.3f}", f"{results['val_loss']:.3f}")
+    figures.add_row("bits per byte", f"{results['initial_val_bpb']:.3f}", f"{results['val_bpb']:.3f}")
+    console.print(figures)
+    console.print()
+    for what, where in [
+        ("tokenizer", DATA / "tokenizer.json"),
+        ("token shards", f"{DATA}/code, {DATA}/prose"),
+        ("picture of the mixture", DATA / "mix.html"),
+        ("run folder", RUN),
+        ("loss curve", RUN / "loss.png"),
+        ("metrics", RUN / "metrics.jsonl"),
+        ("samples", RUN / "samples.txt"),
+    ]:
+        files.add_row(what, f"[green]{where}")
+    console.print(files)
+    console.print(
+        "\n[bold]next[/bold] (after . .venv/bin/activate)\n"
+        f"  minigpt-generate {RUN} --prompt 'def main('               # more text\n"
+        f"  minigpt-mix show {MIXTURE} --seq-len 256 --step 1 --batch-size 2   # what the model saw\n"
+        f"  python train/pretrain.py --config {EXPERIMENT} training.max_steps=2000   # train on from here\n"
+        "  minigpt-prep tokenize --help                                    # your own text",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)
