@@ -43,7 +43,7 @@ def prose(seed: int, words: int) -> str:
     )
 
 
-def small_tokenizer(special_tokens: Sequence[str] = ("<|endoftext|>",), vocab_size: int = 400) -> bytes:
+def small_tokenizer(special_tokens: Sequence[str] = ("<|endoftext|>",), vocab_size: int = 330) -> bytes:
     """A byte-level BPE tokenizer."""
     return _train([prose(seed, 400) for seed in range(20)], vocab_size, special_tokens)
 
