@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -23,6 +24,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from shards.errors import UserError
@@ -86,8 +89,13 @@ class RunState:
         changed = differences(self.identity, identity)
         if plan.fingerprint(self.next_sample) != self.plan:
             changed += differences(self.past, plan.past(self.next_sample), "data.")
-        elif plan.position(self.next_sample) != self.position:
-            changed += differences(self.position, plan.position(self.next_sample), "position.")
+        else:  # sources that enter later belong to the future
+            position = plan.position(self.next_sample)
+            changed += [
+                line
+                for name in self.past["sources"]
+                for line in differences(self.position[name], position[name], f"position.{name}.")
+            ]
         if changed:
             raise UserError(
                 "\n  ".join(
@@ -106,8 +114,8 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [*old, *(key for key in new if key not in old)]
         return [line for key in keys for line in differences(old.get(key), new.get(key), f"{path}{key}.")]
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        pairs = enumerate(zip(old, new, strict=True))
+    if isinstance(old, list) and isinstance(new, list) and all(isinstance(item, dict) for item in old + new):
+        pairs = enumerate(itertools.zip_longest(old, new))
         return [line for index, (a, b) in pairs for line in differences(a, b, f"{path}{index}.")]
     return [] if old == new else [f"{path.rstrip('.')}: {old}, now {new}"]
 
@@ -159,20 +167,36 @@ class Checkpoints:
             os.replace(path, target / path.name)
         return target
 
+    def _remove_unfinished(self) -> None:
+        for temporary in self.folder.glob(".step-*.tmp"):
+            shutil.rmtree(temporary, ignore_errors=True)
+
     def save(self, state: RunState, model: nn.Module, optimizer: AdamW) -> None:
-        """Write a checkpoint from all ranks, publish it, then remove the oldest beyond the limit."""
+        """Write a checkpoint from all ranks, publish it, then remove the oldest beyond the limit.
+
+        Raises:
+            UserError: it cannot be written, the disk being full for example; the earlier checkpoints stay as they are.
+        """
         final = self.folder / f"step-{state.step:08d}"
         temporary = self.folder / f".{final.name}.tmp"
         if self._ranks.is_first:
-            shutil.rmtree(temporary, ignore_errors=True)
+            self._remove_unfinished()
             temporary.mkdir(parents=True)
         self._ranks.barrier()
-        dcp.save(
-            _tensors(model, optimizer),
-            storage_writer=FileSystemWriter(temporary, overwrite=False),
-            no_dist=self._ranks.world_size == 1,
-            process_group=self._ranks.host_group,
-        )
+        try:
+            dcp.save(
+                _tensors(model, optimizer),
+                storage_writer=FileSystemWriter(temporary, overwrite=False),
+                no_dist=self._ranks.world_size == 1,
+                process_group=self._ranks.host_group,
+            )
+        except (Exception, CheckpointException) as error:  # the latter derives from BaseException
+            if self._ranks.is_first:
+                self._remove_unfinished()
+            raise UserError(
+                f"{final}: the checkpoint could not be written ({_reason(error)}); the earlier ones are unharmed: "
+                "make room, then the same command goes on from the newest"
+            ) from error
         self._ranks.barrier()
         if self._ranks.is_first:
             write_atomic(temporary / "state.json", json.dumps(dataclasses.asdict(state), indent=1))
@@ -210,23 +234,36 @@ def _read(checkpoint: Path, tensors: dict[str, Any], ranks: Ranks | None) -> Non
             no_dist=ranks is None or ranks.world_size == 1,
             process_group=ranks and ranks.host_group,
         )
-    except Exception as error:  # dcp passes on whatever unpickling and reading raise
-        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    except (Exception, CheckpointException) as error:  # whatever unpickling and reading raise
         raise UserError(
-            f"{checkpoint}: the checkpoint cannot be read ({reason}); if it is damaged, remove it, and the run goes on "
-            "from the one before"
+            f"{checkpoint}: the checkpoint cannot be read ({_reason(error)}); if it is damaged, remove it, and the run "
+            "goes on from the one before"
         ) from error
 
 
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong on the first rank that failed."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+
+
+def _parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The weights by name, as they rest: sharded, float32."""
+    if isinstance(model, FSDPModule):
+        model.reshard()  # validation leaves the weights outside of the blocks gathered, in the compute dtype
+    return dict(model.named_parameters())
+
+
 def _tensors(model: nn.Module, optimizer: AdamW) -> dict[str, Any]:
-    return {"model": dict(model.named_parameters()), "optimizer": optimizer.state_dict()}
+    return {"model": _parameters(model), "optimizer": optimizer.state_dict()}
 
 
 def weights_sha256(model: nn.Module) -> str:
     """Hash over all parameters by name, independent of the layout; every rank must call it."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        tensor: Tensor = parameter.detach()
+    for name, parameter in sorted(_parameters(model).items()):
+        tensor = parameter.detach()
         if isinstance(tensor, DTensor):
             tensor = tensor.full_tensor()
         tensor = tensor.cpu().contiguous()

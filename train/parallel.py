@@ -50,7 +50,8 @@ def compiler_found(ranks: Ranks) -> bool:
 def shard(model: BaseModelForCausalLM, ranks: Ranks) -> None:
     """Shard every block, then the rest, with FSDP2 (Zhao et al. 2023, arXiv 2304.11277)."""
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
-    precision = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=torch.float32)
+    # The model casts its activations itself; the rotary angles must stay float32.
+    precision = MixedPrecisionPolicy(model.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in [*model.layers, model]:
         fully_shard(module, mesh=mesh, mp_policy=precision)
         assert isinstance(module, FSDPModule)
