@@ -141,8 +141,11 @@ def token_bytes(tokenizer_json: bytes, vocab_size: int) -> np.ndarray:
     byte_level = '"ByteLevel"' in json.dumps(
         [tokenizer.get("pre_tokenizer"), tokenizer.get("decoder")], separators=(",", ":")
     )
+    vocab = tokenizer["model"]["vocab"]
+    if isinstance(vocab, list):  # Unigram: pairs of token and score, by id
+        vocab = {token: index for index, (token, _) in enumerate(vocab)}
     sizes = np.zeros(vocab_size, np.int64)
-    for token, index in tokenizer["model"]["vocab"].items():
+    for token, index in vocab.items():
         if byte_level:
             sizes[index] = len(token)
         elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):

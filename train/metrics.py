@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from shards.errors import UserError
 from shards.files import write_atomic
 from train.config import ExperimentConfig
@@ -17,19 +19,18 @@ from train.config import ExperimentConfig
 class MetricsLog:
     """Appends rows to `metrics.jsonl` in the run folder and mirrors their numbers. Used by the first rank only."""
 
-    def __init__(self, run: Path, config: ExperimentConfig, resume_step: int | None) -> None:
-        """Open the log; on resume it is cut back to the checkpoint's step, otherwise it starts empty."""
+    def __init__(self, run: Path, config: ExperimentConfig, resume_step: int) -> None:
+        """Open the log, cut back to the checkpoint's step; without a checkpoint (step 0) it starts empty."""
         self.path = run / "metrics.jsonl"
-        rows = read_metrics(self.path) if resume_step is not None else []
-        kept = [row for row in rows if row["step"] <= (resume_step or 0)]
-        write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = self.path.open("a", encoding="utf-8")
+        kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step] if resume_step else []
+        write_atomic(self.path, b"".join(orjson.dumps(row) + b"\n" for row in kept))
+        self._file = self.path.open("ab")
         self._tensorboard = _open_tensorboard(run, config, resume_step) if config.logging.use_tensorboard else None
         self._wandb = _open_wandb(run, config) if config.logging.use_wandb else None
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row, which has a `step`."""
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(orjson.dumps(row) + b"\n")  # NaN, which JSON does not have, becomes null
         self._file.flush()
         numbers = {key: value for key, value in flatten(row).items() if key != "step"}
         if self._tensorboard is not None:
@@ -108,11 +109,11 @@ class Speed:
         return rate, duration((self._total - step) * self._tokens / rate)
 
 
-def _open_tensorboard(run: Path, config: ExperimentConfig, resume_step: int | None) -> Any:
+def _open_tensorboard(run: Path, config: ExperimentConfig, resume_step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
     directory = Path(config.logging.tensorboard_dir or run / "tensorboard")
-    return SummaryWriter(str(directory), purge_step=None if resume_step is None else resume_step + 1)
+    return SummaryWriter(str(directory), purge_step=resume_step + 1 if resume_step else 0)
 
 
 def _open_wandb(run: Path, config: ExperimentConfig) -> Any:

@@ -85,6 +85,10 @@ class Setup:
         if self.checkpoint is not None:
             state = RunState.read(self.checkpoint)
             state.check_resumable(self.plan, self.identity(), self.checkpoint)
+            if state.step > self.total_steps:
+                raise UserError(
+                    f"{self.checkpoint} stands at step {state.step:,}, but {self.ending}; raise that, or start anew"
+                )
             self.checkpoints.load(self.checkpoint, model, optimizer)
         if self.ranks.is_first and (aside := self.checkpoints.set_aside(state.step)):
             run.say(f"later checkpoints and a copy of the metrics are now in {aside}")

@@ -9,7 +9,7 @@ The same command again goes on where the run stopped, bit for bit; SIGTERM or Ct
 from __future__ import annotations
 
 import argparse
-import math
+import os
 import signal
 import time
 from pathlib import Path
@@ -36,6 +36,9 @@ from train.schedule import learning_rate
 def pretrain(config: ExperimentConfig, ranks: Ranks) -> None:
     """Train from the newest checkpoint, or from the start, to the end of the run or until told to stop."""
     stop = StopRequest()
+    if config.training.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS has no other deterministic mode
+        torch.use_deterministic_algorithms(True)
     setup = prepare(config, ranks)
     plan, total_steps = setup.plan, setup.total_steps
     run = RunFolder(Path(config.checkpointing.output_dir), ranks)
@@ -44,6 +47,8 @@ def pretrain(config: ExperimentConfig, ranks: Ranks) -> None:
     optimizer = AdamW(model, config.training)
     validation = Validation(config.evaluation, plan, config.training.batch_size, config.data.document_mask, ranks)
     state = setup.resume(model, optimizer, run)
+    if not validation.sets:
+        run.say("no validation: evaluation.datasets is empty and no source has a val/ part (--val-fraction makes one)")
     loader = WindowLoader(
         plan,
         batch_size=config.training.batch_size,
@@ -106,7 +111,7 @@ def pretrain(config: ExperimentConfig, ranks: Ranks) -> None:
         if step % config.logging.log_steps == 0 or last:
             ranks.sum_(loss)
             tokens_per_second, left = speed.measure(step)
-            row = {"loss": finite(loss), "lr": rate, "grad_norm": finite(norm), "tokens_per_second": tokens_per_second}
+            row = {"loss": loss.item(), "lr": rate, "grad_norm": norm.item(), "tokens_per_second": tokens_per_second}
             write({"next_sample": loader.next_sample, **row, "skipped_steps": int(skipped.item())})
             run.say(
                 f"step {step:>6}/{total_steps}  loss {loss.item():.4f}  lr {rate:.2e}  grad {norm.item():.2f}  "
@@ -140,12 +145,6 @@ def summed_loss(model: BaseModelForCausalLM, batch: Batch, ranks: Ranks) -> torc
     return output.loss
 
 
-def finite(value: torch.Tensor) -> float | None:
-    """A number for JSON, which has no NaN."""
-    number = value.item()
-    return number if math.isfinite(number) else None
-
-
 def finish(run: RunFolder, model: BaseModelForCausalLM, setup: Setup) -> None:
     """Write `results.json` and the loss curve, and say where everything is."""
     weights = weights_sha256(model)
@@ -153,14 +152,14 @@ def finish(run: RunFolder, model: BaseModelForCausalLM, setup: Setup) -> None:
     values: dict[str, Any] = {}
     for row in rows:
         values |= {key: value for key, value in row.items() if key not in ("tokens_per_second", "next_sample")}
-    initial = {f"initial_{key}": value for key, value in rows[0].items() if key in ("val_loss", "val_bpb")}
+    initial = {f"initial_{k}": v for row in rows[:1] for k, v in row.items() if k in ("val_loss", "val_bpb")}
     run.write_json("results.json", {**values, **initial, "weights_sha256": weights})
     if setup.ranks.is_first:
         plot_losses(rows, run.path / "loss.png", setup.config.experiment.name)
     run.say(f"done: {setup.ending}")
     for label, name in [("results", "results.json"), ("curve", "loss.png"), ("metrics", "metrics.jsonl")]:
         run.say(f"  {label:<12}{run.path / name}")
-    run.say(f"  {'checkpoint':<12}{setup.checkpoints.all()[-1] if setup.ranks.is_first else ''}")
+    run.say(f"  {'checkpoint':<12}{next(reversed(setup.checkpoints.all()), setup.checkpoint)}")
 
 
 class StopRequest:
