@@ -60,9 +60,12 @@ def tokenize(
         float, typer.Option(help="Share of the documents, chosen by the hash of their id, that goes to OUT/val.")
     ] = 0.0,
     shard_tokens: Annotated[int, typer.Option(help="Tokens per shard; each finished shard is a checkpoint.")] = 2**27,
-    workers: Annotated[int, typer.Option(help="Threads; 0: one per core. The output is the same for any number.")] = 0,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Threads; 0: one per core. The output is the same for any number.")
+    ] = 0,
     max_bad_rows: Annotated[
-        float, typer.Option(help="Stop when more than this share of the rows, from 1,000 rows on, is bad.")
+        float,
+        typer.Option(min=0, max=1, help="Stop when more than this share of the rows, from 1,000 rows on, is bad."),
     ] = 0.001,
     keep_going: Annotated[
         bool, typer.Option("--keep-going", help="Finish although a file is broken in the middle (a truncated .gz).")
@@ -129,7 +132,7 @@ def train_tokenizer(
         ),
     ] = None,
     sample_bytes: Annotated[
-        int, typer.Option(help="Bytes of text to train on; documents are chosen by the hash of their id.")
+        int, typer.Option(min=1, help="Bytes of text to train on; documents are chosen by the hash of their id.")
     ] = 100_000_000,
 ) -> None:
     """Train a byte-level BPE tokenizer.

@@ -22,8 +22,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from prep.documents import Block, Columns
-from prep.encoder import Encoder, control_token, end_of_document, load_tokenizer
+from prep.documents import Block, Columns, Input
+from prep.encoder import SAMPLE_DOCUMENT, SAMPLE_DOCUMENTS, Encoder, control_token, end_of_document, load_tokenizer
 from prep.output import REJECTED, TRAIN, VAL, Counts, Encoded, Output, Part, describe_inputs, open_output
 from prep.progress import Progress
 from prep.sources import check_inputs, find_inputs, read_blocks
@@ -100,7 +100,7 @@ def tokenize(
     begin = time.monotonic()
     if not 0 <= options.val_fraction < 1:
         raise UserError(f"--val-fraction: {options.val_fraction} is not a share of the documents (0 or more, below 1)")
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or _cores()
     os.environ.setdefault("RAYON_NUM_THREADS", str(workers))  # both tokenizer libraries read it at their first use
     inputs = find_inputs(arguments, source, exclude=out)
     columns = Columns(options.text_column, options.id_column)
@@ -112,9 +112,7 @@ def tokenize(
     if state and "finished" in state:
         return _up_to_date(out, time.monotonic() - begin)
     check_inputs(inputs, columns)
-    first = next(read_blocks(inputs, columns), None)  # a resumed run checks its encoder on the same documents
-    sample = first.load().batch.column("text").slice(0, 64).to_pylist() if first else []
-    encoder = Encoder(tokenizer_json, str(tokenizer_path), sample)
+    encoder = Encoder(tokenizer_json, str(tokenizer_path), _first_texts(inputs, columns))
     if encoder.notice:
         say(encoder.notice)
     eos_id = end_of_document(encoder.special_tokens, options.eos, tokenizer_path)
@@ -218,6 +216,18 @@ def _select(part: Part, chosen: np.ndarray) -> Part:
         part.sources.filter(mask),
         part.text_bytes[chosen],
     )
+
+
+def _first_texts(inputs: Sequence[Input], columns: Columns) -> list[str]:
+    """What the encoder is checked on; a resumed run checks it on the same documents."""
+    first = next(read_blocks(inputs, columns), None)
+    texts = first.load().batch.column("text").slice(0, SAMPLE_DOCUMENTS) if first else []
+    return [text.as_py()[:SAMPLE_DOCUMENT] for text in texts]
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
 
 
 def _byte_lengths(texts: pa.Array) -> np.ndarray:

@@ -77,7 +77,7 @@ def main() -> None:
 def report(options: argparse.Namespace, ours: list[Run], others: list[Run], one: list[Run]) -> None:
     """Print the best of each."""
     best, best_peer = max(ours, key=lambda run: run.rate), max(others, key=lambda run: run.rate)
-    cores = len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     print(f"{options.data.name} × {options.copies} = {best.text_mb:.0f} MB of text, {cores} cores, best of {len(ours)}")
     print(f"  minigpt-prep tokenize      {best.rate:8.1f} MB/s   {best.seconds:6.2f} s for {best.text_mb:.0f} MB")
     print(
