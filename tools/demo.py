@@ -26,7 +26,7 @@ RUN = Path("experiments/demo")
 MIXTURE = "configs/data/demo.yaml"
 EXPERIMENT = "configs/experiments/active/demo.yaml"
 SOURCES = ("code", "prose")
-PROMPTS = ("import os\nimport sys\n", "def __init__(self", "class Config", "Returns", "This function", "Parameters\n----------\n")
+PROMPTS = ("import os\n", "def __init__(self", "class Config", "Returns", "This function", "Parameters\n----------\n")
 SAMPLE_TOKENS = 120
 
 console = Console(highlight=False)
