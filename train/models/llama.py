@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from train.models.attention import Attention, KeyValueCache
@@ -21,12 +21,12 @@ class LlamaConfig(BaseModelConfig):
     """Field names of Hugging Face's `LlamaConfig`."""
 
     model_type: Literal["llama"] = "llama"
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int = 0  # 0: as many as attention heads
-    head_dim: int = 0  # 0: hidden_size / num_attention_heads
+    intermediate_size: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: NonNegativeInt = 0  # 0: as many as attention heads
+    head_dim: NonNegativeInt = 0  # 0: hidden_size / num_attention_heads
     hidden_act: Literal["silu"] = "silu"
-    rope_theta: float = 10_000.0
+    rope_theta: PositiveFloat = 10_000.0
     rope_scaling: RopeScaling | None = None
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -57,6 +57,8 @@ class LlamaConfig(BaseModelConfig):
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs of dimensions")
         return self
 
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from pydantic import model_validator
+from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -32,12 +32,12 @@ class BaseModelConfig(Settings):
     """What every family's model file holds; names are Hugging Face's, so a config.json is a valid model file."""
 
     model_type: str
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    max_position_embeddings: int
-    rms_norm_eps: float = 1e-5
-    initializer_range: float = 0.02
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    max_position_embeddings: PositiveInt
+    rms_norm_eps: PositiveFloat = 1e-5
+    initializer_range: PositiveFloat = 0.02
     tie_word_embeddings: bool = False
     use_flash_attention: bool = True
     gradient_checkpointing: bool = False
