@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
@@ -202,7 +203,7 @@ def test_the_attention_paths_agree(length, past, groups, seed):
 def positions_of(ends: list[int], length: int) -> torch.Tensor:
     """Position ids of one row whose documents end at `ends`."""
     begins = [0, *ends, length]
-    return torch.cat([torch.arange(b - a) for a, b in zip(begins, begins[1:], strict=False)])[None]
+    return torch.cat([torch.arange(b - a) for a, b in itertools.pairwise(begins)])[None]
 
 
 def test_document_mask_is_block_diagonal():

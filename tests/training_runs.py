@@ -11,6 +11,7 @@ import inspect
 import itertools
 import json
 import os
+import pydoc_data.topics
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pydoc_data.topics
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -103,7 +103,7 @@ MODEL = {
 
 
 def write_experiment(folder: Path, mixture: dict[str, Any], **sections: dict[str, Any]) -> Path:
-    """Write experiment, model and mixture files into `folder`; `sections` change fields. The run goes to `folder/run`."""
+    """Write experiment, model and mixture files into `folder`, the run to `folder/run`; `sections` change fields."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.yaml").write_text(yaml.safe_dump(MODEL))
     (folder / "mixture.yaml").write_text(yaml.safe_dump(mixture))
