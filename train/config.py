@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from shards.errors import UserError
 from shards.settings import Settings, load_yaml, parse_yaml, validate
@@ -64,6 +64,8 @@ class DataSection(Settings):
 
 class TrainingConfig(Settings):
     """The optimisation. A step is one update over batch_size * gradient_accumulation_steps * world_size windows."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     batch_size: int = Field(ge=1)  # windows per rank and micro-batch
     gradient_accumulation_steps: int = Field(1, ge=1)
@@ -139,6 +141,13 @@ class EvaluationSection(Settings):
     datasets: tuple[EvaluationDataset, ...] = ()
     metrics: tuple[Literal["loss", "perplexity", "bpb"], ...] = ("loss", "bpb")
     max_tokens: int = Field(2**20, ge=1)  # of each dataset, evenly spread over it
+
+    @model_validator(mode="after")
+    def _unique_names(self) -> EvaluationSection:
+        names = [dataset.name for dataset in self.datasets]
+        if repeated := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"two datasets are called '{repeated.pop()}'; a name must be unique")
+        return self
 
 
 class ExperimentConfig(Settings):

@@ -11,7 +11,6 @@ from typing import Any
 
 import orjson
 
-from shards.errors import UserError
 from shards.files import write_atomic
 from train.config import ExperimentConfig
 
@@ -117,12 +116,8 @@ def _open_tensorboard(run: Path, config: ExperimentConfig, resume_step: int) -> 
 
 
 def _open_wandb(run: Path, config: ExperimentConfig) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise UserError(
-            "logging.use_wandb is true, but wandb is not installed: pip install wandb, or logging.use_wandb=false"
-        ) from None
+    import wandb
+
     return wandb.init(
         project=config.logging.wandb_project,
         entity=config.logging.wandb_entity,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,10 @@ def prepare(config: ExperimentConfig, ranks: Ranks) -> Setup:
     Raises:
         UserError: with the file and field that has to change.
     """
+    if config.logging.use_wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            "logging.use_wandb is true, but wandb is not installed: pip install wandb, or logging.use_wandb=false"
+        )
     model_config = load_model_config(config)
     with torch.device("meta"):
         model = ModelRegistry.create_model(model_config.model_type, model_config)
