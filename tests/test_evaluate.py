@@ -29,7 +29,6 @@ NASTY = [
     "",
     " ",
     "naïve café 日本語 👩‍👩‍👧\t\r\n\x00\u2028",
-    "<|endoftext|>",
     "a  b   c\n\n\n    d",
     "é" * 50,
 ]
