@@ -14,6 +14,7 @@ p // shard_tokens. A document belongs to the shard that holds its last token (EO
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import struct
 from collections.abc import Iterable
@@ -148,6 +149,7 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
+@functools.lru_cache(maxsize=2)
 def tokenizer_hash(tokenizer_json: bytes) -> str:
     """xxh3-128 of the tokenizer's canonical JSON (keys sorted, no white space): formatting does not change it.
 
