@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from prep.fast import load_fast_encoder
 from shards.errors import UserError, unknown_name
 
 # What ends a document in tokenizers that are in use; what ends a turn of a chat serves where nothing else is there.
@@ -76,7 +76,7 @@ class Encoder:
     Args:
         tokenizer_json: content of a `tokenizer.json`.
         where: its name in error messages.
-        sample: the first documents, for the check.
+        sample: gives the first documents, for the check; called while the vocabulary loads.
 
     Attributes:
         backend: "fastokens VERSION" or "tokenizers VERSION".
@@ -88,15 +88,15 @@ class Encoder:
         UserError: not a tokenizer.
     """
 
-    def __init__(self, tokenizer_json: bytes, where: str, sample: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer_json: bytes, where: str, sample: Callable[[], Sequence[str]] = tuple) -> None:
         import tokenizers
 
-        with ThreadPoolExecutor(1) as pool:  # each takes a good part of a second to load a large vocabulary
-            loading = pool.submit(FastEncoder, tokenizer_json)
-            try:
-                self._reference: Any = tokenizers.Tokenizer.from_buffer(tokenizer_json)
-            except Exception as error:  # tokenizers raises bare Exceptions
-                raise UserError(f"{where}: not a tokenizer.json that `tokenizers` can load: {error}") from None
+        loading = load_fast_encoder(tokenizer_json)
+        try:
+            self._reference: Any = tokenizers.Tokenizer.from_buffer(tokenizer_json)
+        except Exception as error:  # tokenizers raises bare Exceptions
+            raise UserError(f"{where}: not a tokenizer.json that `tokenizers` can load: {error}") from None
+        documents = sample()
         self._reference.encode_special_tokens = True
         self._reference.no_truncation()
         self._reference.no_padding()
@@ -111,7 +111,7 @@ class Encoder:
         self.notice: str | None = None
         try:
             fast = loading.result()
-            difference = self.compare(fast.encode, sample)
+            difference = self.compare(fast.encode, documents)
         except Exception as error:
             difference = f"it cannot use this tokenizer ({error})"
         if difference:
@@ -164,41 +164,6 @@ class Encoder:
         names = list(self.special_tokens)
         names = names[:8] + names[8:][-2:]
         return [text for name in names for text in (name, f"a{name}b", f" {name} \n{name}{name}", name[:-1], name[1:])]
-
-
-class FastEncoder:
-    """`fastokens`: whole batches to flat buffers, with threads of its own, outside the interpreter's lock."""
-
-    def __init__(self, tokenizer_json: bytes) -> None:
-        from importlib.metadata import version
-
-        import fastokens
-
-        self._tokenizer = fastokens.Tokenizer.from_json_str(tokenizer_json.decode())
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self.backend = f"fastokens {version('fastokens')}"
-
-    def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all documents, uint32 [n], and the borders between them, int64 [len(texts) + 1]."""
-        ids, offsets = self._tokenizer.encode_batch_flat(texts, False, split_special_tokens=True)
-        return np.frombuffer(ids, "<u4"), np.frombuffer(offsets, "<i8")
-
-
-def load_tokenizer(path: Path) -> tuple[bytes, Path]:
-    """Read a `tokenizer.json` or the one in a folder; gives its bytes and its path.
-
-    Raises:
-        UserError: there is none.
-    """
-    path = path / "tokenizer.json" if path.is_dir() else path
-    try:
-        return path.read_bytes(), path
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}); --tokenizer is a tokenizer.json or a folder that holds one "
-            f"(minigpt-prep train-tokenizer makes one)"
-        ) from None
 
 
 def end_of_document(special_tokens: dict[str, int], eos: str | None, path: Path) -> int:

@@ -29,6 +29,7 @@ PIECE_BYTES = 1 << 20  # and well-compressed text comes out in pieces of this si
 MAX_LINE_BYTES = 1 << 30
 HEAD_ROWS, HEAD_BYTES = 100, 1 << 16
 _NEWLINE, _BRACE = 10, 123
+_CACHE = 1 << 18
 
 
 def row_blocks(item: Input, columns: Columns, start: int) -> Iterator[Piece]:
@@ -44,9 +45,10 @@ def row_blocks(item: Input, columns: Columns, start: int) -> Iterator[Piece]:
             if row == 0:
                 data = data.removeprefix(b"\xef\xbb\xbf")
                 key = _id_column(data, columns)
-            first, row = row, row + _count_lines(data)
+            lines = _line_starts(data)
+            first, row = row, row + len(lines)
             if first >= start:
-                yield Piece(partial(_parse, data, item, columns, key, first), len(data), row, file.tell())
+                yield Piece(partial(_parse, data, lines, item, columns, key, first), len(data), row, file.tell())
 
 
 def check_rows(item: Input, columns: Columns) -> None:
@@ -135,24 +137,27 @@ def _cut_at_newlines(stream: Iterator[bytes], block_bytes: int) -> Iterator[byte
         yield b"".join(parts)
 
 
-def _count_lines(data: bytes) -> int:
-    return int(np.count_nonzero(np.frombuffer(data, np.uint8) == _NEWLINE)) + (not data.endswith(b"\n"))
+def _line_starts(data: bytes) -> np.ndarray:
+    """Where the lines begin; by pieces, whose comparison stays in the processor's cache."""
+    raw = np.frombuffer(data, np.uint8)
+    found = [np.flatnonzero(raw[at : at + _CACHE] == _NEWLINE) + (at + 1) for at in range(0, len(raw), _CACHE)]
+    starts = np.concatenate([np.zeros(1, np.int64), *found])
+    return starts[:-1] if starts[-1] == len(raw) else starts
 
 
-def _parse(data: bytes, item: Input, columns: Columns, key: tuple[str, pa.DataType] | None, first: int) -> Documents:
-    return _parse_columns(data, item, columns, key, first) or _parse_lines(data, item, columns, key, first)
+def _parse(
+    data: bytes, lines: np.ndarray, item: Input, columns: Columns, key: tuple[str, pa.DataType] | None, first: int
+) -> Documents:
+    documents = None
+    if (np.frombuffer(data, np.uint8)[lines] == _BRACE).all():
+        documents = _parse_columns(data, len(lines), item, columns, key, first)
+    return documents or _parse_lines(data, item, columns, key, first)
 
 
 def _parse_columns(
-    data: bytes, item: Input, columns: Columns, key: tuple[str, pa.DataType] | None, first: int
+    data: bytes, lines: int, item: Input, columns: Columns, key: tuple[str, pa.DataType] | None, first: int
 ) -> Documents | None:
     """The block as columns, or None if it needs a closer look."""
-    raw = np.frombuffer(data, np.uint8)
-    starts = np.flatnonzero(raw == _NEWLINE) + 1
-    if len(starts) and starts[-1] == len(raw):
-        starts = starts[:-1]
-    if raw[0] != _BRACE or not (raw[starts] == _BRACE).all():
-        return None
     schema = pa.schema([(columns.text, pa.string())] + ([key] if key and key[0] != columns.text else []))
     try:
         table = pyarrow.json.read_json(
@@ -163,7 +168,7 @@ def _parse_columns(
         table.validate(full=True)
     except pa.ArrowInvalid:
         return None
-    if table.num_rows != len(starts) + 1 or any(column.null_count for column in table.columns):
+    if table.num_rows != lines or any(column.null_count for column in table.columns):
         return None
     table = table.combine_chunks()
     texts = table.column(columns.text).chunk(0)

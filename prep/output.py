@@ -246,7 +246,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     for name in now["options"]:
         if (old := before["options"].get(name)) != now["options"][name]:
             changes.append(f"--{name.replace('_', '-')} was {old} and is {now['options'][name]}")
-    if before["tokenizer"] != now["tokenizer"]:
+    if before["tokenizer_hash"] != now["tokenizer_hash"]:
         changes.append("--tokenizer is another one")
     for name in sorted({*before["inputs"], *now["inputs"]}):
         old, new = before["inputs"].get(name), now["inputs"].get(name)

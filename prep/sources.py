@@ -2,7 +2,7 @@
 
 A file is one of three kinds, told by its name: rows of JSON (`.jsonl .ndjson .json`, plain or `.gz` or `.zst`),
 Parquet, or plain text, where one file is one document. Reading is split in two: `read_blocks` walks through the files
-in order and cuts them into blocks of about 8 MB, which is cheap; `Block.load` parses one block, which is not. The cuts
+in order and cuts them into blocks of about 4 MB, which is cheap; `Block.load` parses one block, which is not. The cuts
 depend on the files alone, so a run that starts again at a block's end sees the same blocks.
 
 A bad row is set aside (`Rejected`) and the reading goes on. A file whose rest cannot be read (a truncated `.gz`) gives
@@ -178,7 +178,7 @@ def _literal_root(pattern: Path) -> Path:
 
 
 def _text_group(inputs: Sequence[Input], index: int) -> list[Input]:
-    """Text files of one source that are read as one block: up to 8 MB, or one larger file alone."""
+    """Text files of one source that are read as one block: up to 4 MB, or one larger file alone."""
     first = inputs[index]
     group, size = [first], first.size
     for item in inputs[index + 1 : index + 10_000]:

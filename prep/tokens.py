@@ -23,12 +23,13 @@ import pyarrow.compute as pc
 import xxhash
 
 from prep.documents import Block, Columns, Input
-from prep.encoder import SAMPLE_DOCUMENT, SAMPLE_DOCUMENTS, Encoder, control_token, end_of_document, load_tokenizer
+from prep.encoder import SAMPLE_DOCUMENT, SAMPLE_DOCUMENTS, Encoder, control_token, end_of_document
+from prep.fast import load_fast_encoder, load_tokenizer
 from prep.output import REJECTED, TRAIN, VAL, Counts, Encoded, Output, Part, describe_inputs, open_output
 from prep.progress import Progress
 from prep.sources import check_inputs, find_inputs, read_blocks
 from shards.errors import UserError
-from shards.format import DEFAULT_SHARD_TOKENS, MANIFEST, Manifest, token_dtype
+from shards.format import DEFAULT_SHARD_TOKENS, MANIFEST, Manifest, token_dtype, tokenizer_hash
 
 IN_FLIGHT_BYTES = 64 << 20  # text that waits or is being encoded; one larger block may be on its way alone
 MIN_ROWS = 1_000  # before that many rows a share of bad ones says little
@@ -101,18 +102,19 @@ def tokenize(
     if not 0 <= options.val_fraction < 1:
         raise UserError(f"--val-fraction: {options.val_fraction} is not a share of the documents (0 or more, below 1)")
     workers = workers or _cores()
+    tokenizer_json, tokenizer_path = load_tokenizer(tokenizer)
     os.environ.setdefault("RAYON_NUM_THREADS", str(workers))  # both tokenizer libraries read it at their first use
+    load_fast_encoder(tokenizer_json)
     inputs = find_inputs(arguments, source, exclude=out)
     columns = Columns(options.text_column, options.id_column)
-    tokenizer_json, tokenizer_path = load_tokenizer(tokenizer)
     recipe: dict[str, Any] = {"command": "tokenize", "options": vars(options)}
-    run = {**recipe, "inputs": describe_inputs(inputs), "tokenizer": xxhash.xxh3_128_hexdigest(tokenizer_json)}
+    run = {**recipe, "inputs": describe_inputs(inputs), "tokenizer_hash": tokenizer_hash(tokenizer_json)}
 
     state = open_output(out, run, overwrite)
     if state and "finished" in state:
         return _up_to_date(out, time.monotonic() - begin)
     check_inputs(inputs, columns)
-    encoder = Encoder(tokenizer_json, str(tokenizer_path), _first_texts(inputs, columns))
+    encoder = Encoder(tokenizer_json, str(tokenizer_path), lambda: _first_texts(inputs, columns))
     if encoder.notice:
         say(encoder.notice)
     eos_id = end_of_document(encoder.special_tokens, options.eos, tokenizer_path)

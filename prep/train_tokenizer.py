@@ -124,7 +124,7 @@ def train_tokenizer(
     if not any(texts):
         raise UserError(f"{' '.join(arguments)}: no text to train on")
     content = _train(texts, vocab_size, special_tokens)
-    encoder = Encoder(content, str(out), measured)
+    encoder = Encoder(content, str(out), lambda: measured)
     if encoder.vocab_size < vocab_size:
         raise UserError(
             f"--vocab-size: the text gives only {encoder.vocab_size:,} entries, not {vocab_size:,}; "

@@ -14,7 +14,9 @@ from prep_data import SHARED, prose, small_tokenizer
 from tokenizers import Tokenizer
 
 from prep import encoder as encoder_module
-from prep.encoder import NASTY, Encoder, FastEncoder, end_of_document, load_tokenizer
+from prep import fast
+from prep.encoder import NASTY, Encoder, end_of_document
+from prep.fast import FastEncoder, load_tokenizer
 from shards.errors import UserError
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "[PAD]", "</s>")
@@ -27,7 +29,13 @@ def tokenizer_json() -> bytes:
 
 @pytest.fixture(scope="module")
 def encoder(tokenizer_json) -> Encoder:
-    return Encoder(tokenizer_json, "test", [prose(1, 50)])
+    return Encoder(tokenizer_json, "test", lambda: [prose(1, 50)])
+
+
+def use(monkeypatch, fast_encoder) -> None:
+    """Let another class stand in for `FastEncoder`."""
+    monkeypatch.setattr(fast, "FastEncoder", fast_encoder)
+    monkeypatch.setattr(encoder_module, "load_fast_encoder", fast.load_fast_encoder.__wrapped__)
 
 
 def reference(tokenizer_json: bytes, texts: list[str]) -> list[list[int]]:
@@ -76,8 +84,8 @@ def test_a_differing_fast_encoder_is_not_used(tokenizer_json, monkeypatch):
             wrong[offsets[next(i for i, text in enumerate(texts) if "123" in text)]] += 1
             return wrong, offsets
 
-    monkeypatch.setattr(encoder_module, "FastEncoder", Wrong)
-    encoder = Encoder(tokenizer_json, "test", ["x"])
+    use(monkeypatch, Wrong)
+    encoder = Encoder(tokenizer_json, "test", lambda: ["x"])
     assert encoder.backend.startswith("tokenizers ")
     assert encoder.notice
     assert "differs" in encoder.notice
@@ -91,16 +99,16 @@ def test_a_difference_in_the_sample_alone_is_found(tokenizer_json, monkeypatch):
         def encode(self, texts):
             return super().encode([text.replace("zebra", "zebr") for text in texts])
 
-    monkeypatch.setattr(encoder_module, "FastEncoder", WrongOnSample)
-    assert Encoder(tokenizer_json, "test", ["no stripes"]).backend.startswith("fastokens")
-    assert Encoder(tokenizer_json, "test", ["ok", "a zebra"]).backend.startswith("tokenizers")
+    use(monkeypatch, WrongOnSample)
+    assert Encoder(tokenizer_json, "test", lambda: ["no stripes"]).backend.startswith("fastokens")
+    assert Encoder(tokenizer_json, "test", lambda: ["ok", "a zebra"]).backend.startswith("tokenizers")
 
 
 def test_a_failing_fast_encoder_is_not_used(tokenizer_json, monkeypatch):
     def fail(content: bytes) -> None:
         raise ValueError("unsupported model")
 
-    monkeypatch.setattr(encoder_module, "FastEncoder", fail)
+    use(monkeypatch, fail)
     encoder = Encoder(tokenizer_json, "test")
     assert encoder.backend.startswith("tokenizers ")
     assert "unsupported model" in str(encoder.notice)

@@ -131,7 +131,7 @@ def test_empty_documents_are_counted(tmp_path):
 
 
 def test_a_very_long_line(tmp_path):
-    text = "long words " * 3_000_000  # 33 MB, several blocks
+    text = "long words " * 3_000_000  # 33 MB, many blocks
     path = write_rows(tmp_path / "a.jsonl", [ROWS[0], {"id": "long", "text": text}, ROWS[1]])
     compressed(tmp_path / "a.jsonl.zst", path.read_bytes())
     for name in ("a.jsonl", "a.jsonl.zst"):
@@ -164,7 +164,9 @@ def test_broken_in_the_middle(tmp_path, suffix, damage, small_blocks):
 
 @given(
     st.lists(
-        st.fixed_dictionaries({"text": st.text(max_size=40)}, optional={"id": st.text(max_size=5) | st.integers()}),
+        st.fixed_dictionaries(
+            {"text": st.text(max_size=40)}, optional={"id": st.text(max_size=5) | st.integers(-(2**63), 2**64 - 1)}
+        ),
         max_size=30,
     ),
     st.booleans(),

@@ -46,7 +46,7 @@ def test_file_report_and_control_tokens(corpus, tmp_path):
 def test_any_bytes_go_through_and_both_encoders_agree(corpus, tmp_path):
     train(corpus, tmp_path / "tokenizer.json")
     content = (tmp_path / "tokenizer.json").read_bytes()
-    encoder = Encoder(content, "test", [prose(9, 99)])
+    encoder = Encoder(content, "test", lambda: [prose(9, 99)])
     assert encoder.backend.startswith("fastokens")
     tokenizer = Tokenizer.from_str(content.decode())
     ids, offsets = encoder.encode(NASTY)
