@@ -94,8 +94,9 @@ def tokenize(
 
     Exit status: 0 finished, 2 stopped with a message.
     """
-    from prep.fast import load_fast_encoder, load_tokenizer
+    from prep.fast import load_fast_encoder, load_tokenizer, use_threads
 
+    use_threads(workers)
     load_fast_encoder(load_tokenizer(tokenizer)[0])  # while the other libraries are imported
     from prep.tokens import Options
     from prep.tokens import tokenize as run

@@ -5,6 +5,7 @@ Nothing heavy is imported here, so that the command line can begin to load befor
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -35,6 +36,22 @@ class FastEncoder:
 
         ids, offsets = self._tokenizer.encode_batch_flat(texts, False, split_special_tokens=True)
         return np.frombuffer(ids, "<u4"), np.frombuffer(offsets, "<i8")
+
+
+def use_threads(workers: int) -> int:
+    """Tell both tokenizer libraries, which read it at their first use, how many threads they may have.
+
+    Args:
+        workers: threads; 0: one per core that this process may use. Settings of the user's win.
+
+    Returns:
+        The number of threads.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS has none
+    threads = workers or cores or 1
+    for name in ("FASTOKENS_BPE_THREADS", "RAYON_NUM_THREADS"):
+        os.environ.setdefault(name, str(threads))
+    return threads
 
 
 @lru_cache(maxsize=1)

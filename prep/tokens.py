@@ -8,7 +8,6 @@ checkpoint: the position in the input behind the last block written, the state o
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,7 +23,7 @@ import xxhash
 
 from prep.documents import Block, Columns, Input
 from prep.encoder import SAMPLE_DOCUMENT, SAMPLE_DOCUMENTS, Encoder, control_token, end_of_document
-from prep.fast import load_fast_encoder, load_tokenizer
+from prep.fast import load_fast_encoder, load_tokenizer, use_threads
 from prep.output import REJECTED, TRAIN, VAL, Counts, Encoded, Output, Part, describe_inputs, open_output
 from prep.progress import Progress
 from prep.sources import check_inputs, find_inputs, read_blocks
@@ -101,14 +100,13 @@ def tokenize(
     begin = time.monotonic()
     if not 0 <= options.val_fraction < 1:
         raise UserError(f"--val-fraction: {options.val_fraction} is not a share of the documents (0 or more, below 1)")
-    workers = workers or _cores()
+    workers = use_threads(workers)
     tokenizer_json, tokenizer_path = load_tokenizer(tokenizer)
-    os.environ.setdefault("RAYON_NUM_THREADS", str(workers))  # both tokenizer libraries read it at their first use
     load_fast_encoder(tokenizer_json)
     inputs = find_inputs(arguments, source, exclude=out)
     columns = Columns(options.text_column, options.id_column)
     recipe: dict[str, Any] = {"command": "tokenize", "options": vars(options)}
-    run = {**recipe, "inputs": describe_inputs(inputs), "tokenizer_hash": tokenizer_hash(tokenizer_json)}
+    run = {**recipe, "inputs": describe_inputs(inputs), "tokenizer_hash": _hash(tokenizer_json, tokenizer_path)}
 
     state = open_output(out, run, overwrite)
     if state and "finished" in state:
@@ -220,16 +218,18 @@ def _select(part: Part, chosen: np.ndarray) -> Part:
     )
 
 
+def _hash(tokenizer_json: bytes, path: Path) -> str:
+    try:
+        return tokenizer_hash(tokenizer_json)
+    except UserError:
+        raise UserError(f"{path}: not a tokenizer.json: it is no JSON") from None
+
+
 def _first_texts(inputs: Sequence[Input], columns: Columns) -> list[str]:
     """What the encoder is checked on; a resumed run checks it on the same documents."""
     first = next(read_blocks(inputs, columns), None)
     texts = first.load().batch.column("text").slice(0, SAMPLE_DOCUMENTS) if first else []
     return [text.as_py()[:SAMPLE_DOCUMENT] for text in texts]
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
 
 
 def _byte_lengths(texts: pa.Array) -> np.ndarray:
