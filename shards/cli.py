@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -235,7 +236,10 @@ def _print_json(value: object) -> None:
 
 def main() -> None:
     """Entry point of `minigpt-mix`."""
-    run_command(app)
+    try:
+        run_command(app)
+    except BrokenPipeError:  # `minigpt-mix show … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
 
 def exit_with_message(error: Exception) -> NoReturn:
     """Print one message, without a traceback, and exit with status 2."""
-    print(f"error: {error}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -35,8 +36,8 @@ def run_command(command: Callable[[], object]) -> None:
     """Run a command-line program; a user's mistake or a failing disk ends in one message and exit status 2."""
     try:
         command()
-    except BrokenPipeError:  # `minigpt-mix show … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        raise
     except (UserError, OSError) as error:
         exit_with_message(error)
     except KeyboardInterrupt:

@@ -1,9 +1,28 @@
-"""Files that are complete or absent: written beside their name, synced, renamed."""
+"""Files that are complete or absent: written beside their name, synced, renamed; and one writer to a folder."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
+from typing import IO
+
+from shards.errors import UserError
+
+
+def lock_folder(folder: Path) -> IO[bytes]:
+    """Hold an output folder until the returned file is closed or the process ends, however it ends.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    file = (folder / ".lock").open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(f"{folder}: another process is writing here; wait for it, or stop it first") from None
+    return file
 
 
 def sync_directory(directory: Path) -> None:

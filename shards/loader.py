@@ -36,7 +36,7 @@ def _pointer(typing_context: Any, address: Any, dtype: Any) -> Any:
 
 
 @njit(
-    "int64(int32[::1], int64[::1], int64[::1], int64[::1], uint64[::1], uint8[::1], int64[:, ::1], int64)",
+    "int64(int32[::1], int64[::1], int64[::1], int64[::1], uint64[::1], uint8[::1], int64, int64[:, ::1], int64)",
     cache=True,
     nogil=True,
 )
@@ -47,10 +47,14 @@ def gather(
     shard_tokens: np.ndarray,
     addresses: np.ndarray,
     widths: np.ndarray,
+    vocab_size: int,
     out: np.ndarray,
     row: int,
 ) -> int:
-    """Copy windows into the rows of `out`, from `row` on; returns the row that needs a shard not yet mapped, or n.
+    """Copy windows into the rows of `out`, from `row` on.
+
+    Returns the number of rows when done, the row that needs a shard not yet mapped, or -1 - row where a row holds an id
+    that is not below `vocab_size`.
 
     Args:
         source, start: source and stream position of each window [n].
@@ -65,6 +69,7 @@ def gather(
         s = source[row]
         size = shard_tokens[s]
         done = 0
+        largest = 0
         while done < length:  # once, or once more for each shard border inside the window
             shard = (start[row] + done) // size
             offset = start[row] + done - shard * size
@@ -76,12 +81,18 @@ def gather(
             if widths[s] == 2:
                 narrow = carray(_pointer(address, types.uint16), size)  # type: ignore[call-arg]
                 for i in range(take):
-                    target[i] = narrow[offset + i]
+                    token = np.int64(narrow[offset + i])
+                    target[i] = token
+                    largest = max(largest, token)
             else:
                 wide = carray(_pointer(address, types.uint32), size)  # type: ignore[call-arg]
                 for i in range(take):
-                    target[i] = wide[offset + i]
+                    token = np.int64(wide[offset + i])
+                    target[i] = token
+                    largest = max(largest, token)
             done += take
+        if largest >= vocab_size:
+            return -1 - row
         row += 1
     return row
 
@@ -107,10 +118,19 @@ class WindowReader:
         # A fresh buffer each time: a pool could hand out memory that a caller still looks at.
         buffer = torch.empty((n, self.plan.seq_len + 1), dtype=torch.int64, pin_memory=pin_memory)
         out, row = buffer.numpy(), 0
-        tables = (self._first_shard, self._shard_tokens, self._addresses, self._widths)
+        tables = (self._first_shard, self._shard_tokens, self._addresses, self._widths, self.plan.vocab_size)
         while (row := gather(found.source, found.start, *tables, out, row)) < n:
+            if row < 0:
+                raise self._damaged(int(found.source[-1 - row]), int(found.start[-1 - row]))
             self._map_shards(int(found.source[row]), int(found.start[row]))
         return buffer, found
+
+    def _damaged(self, source: int, start: int) -> UserError:
+        dataset = self.plan.sources[source].dataset
+        return UserError(
+            f"{dataset.path}: tokens {start:,} to {start + self.plan.seq_len:,} hold an id that is not below the "
+            f"vocabulary of {self.plan.vocab_size:,}: the shard is damaged; run minigpt-mix verify {dataset.path}"
+        )
 
     def _map_shards(self, source: int, start: int) -> None:
         """Map the shards that hold the window at `start`."""

@@ -229,6 +229,8 @@ def _open_source(
             f"(at least 2 x seq_len); the largest seq_len that fits is {dataset.tokens // 2:,}"
         )
     limit = None if source.max_epochs is None else math.floor(exact(source.max_epochs) * windows)
+    if limit == 0:
+        raise UserError(f"{where}: max_epochs {source.max_epochs} of its {windows:,} window(s) is less than one window")
     return Source(source.name, dataset, windows, limit)
 
 

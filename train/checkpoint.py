@@ -120,6 +120,12 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     return [] if old == new else [f"{path.rstrip('.')}: {old}, now {new}"]
 
 
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    found = [path.parent for path in folder.glob("step-*/state.json") if _NAME.fullmatch(path.parent.name)]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
 class Checkpoints:
     """The `checkpoints/` folder of a run."""
 
@@ -128,9 +134,8 @@ class Checkpoints:
         self._limit, self._ranks = limit, ranks
 
     def all(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
-        found = self.folder.iterdir() if self.folder.exists() else []
-        return sorted((path for path in found if _NAME.fullmatch(path.name)), key=lambda path: int(path.name[5:]))
+        """Complete checkpoints of this run, oldest first."""
+        return complete_checkpoints(self.folder)
 
     def find(self, resume_from: str | None) -> Path | None:
         """The checkpoint to start from: None or "auto": the newest; "never": none; else a path.
@@ -150,7 +155,7 @@ class Checkpoints:
         return path
 
     def set_aside(self, step: int) -> Path | None:
-        """Move checkpoints of later steps, and the metrics, out of the way of a run that starts anew from `step`.
+        """Move checkpoints of later steps, and a copy of the metrics, out of the way of a run that goes on from `step`.
 
         Returns:
             the folder that holds them now, if there were any.
@@ -200,12 +205,11 @@ class Checkpoints:
         self._ranks.barrier()
         if self._ranks.is_first:
             write_atomic(temporary / "state.json", json.dumps(dataclasses.asdict(state), indent=1))
-            if final.exists():  # the same step again, after a resume from an older checkpoint
-                shutil.rmtree(final)
             os.replace(temporary, final)
             sync_directory(self.folder)
             for old in self.all()[: -self._limit] if self._limit else []:
-                shutil.rmtree(old)
+                os.replace(old, self.folder / f".{old.name}.tmp")  # removed whole: half of one is never seen
+            self._remove_unfinished()
         self._ranks.barrier()
 
     def load(self, checkpoint: Path, model: nn.Module, optimizer: AdamW) -> None:

@@ -21,7 +21,7 @@ class ExperimentSection(Settings):
 
     name: str = Field(min_length=1)
     description: str = ""
-    tags: tuple[str, ...] = ()
+    tags: tuple[str, ...] = Field((), strict=False)  # a YAML list
     seed: int = 42
     stage: Literal["pretrain"] = "pretrain"
 
@@ -73,7 +73,7 @@ class TrainingConfig(Settings):
     optimizer: Literal["adamw"] = "adamw"
     learning_rate: float = Field(3e-4, gt=0)
     weight_decay: float = Field(0.1, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = Field((0.9, 0.95), strict=False)
     eps: float = Field(1e-8, gt=0)
     grad_clip: float = Field(1.0, ge=0)  # largest gradient norm; 0: no limit
     lr_scheduler: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
@@ -138,8 +138,8 @@ class EvaluationDataset(Settings):
 class EvaluationSection(Settings):
     """Validation. Without datasets it runs on the `val/` part of every source that has one."""
 
-    datasets: tuple[EvaluationDataset, ...] = ()
-    metrics: tuple[Literal["loss", "perplexity", "bpb"], ...] = ("loss", "bpb")
+    datasets: tuple[EvaluationDataset, ...] = Field((), strict=False)
+    metrics: tuple[Literal["loss", "perplexity", "bpb"], ...] = Field(("loss", "bpb"), strict=False)
     max_tokens: int = Field(2**20, ge=1)  # of each dataset, evenly spread over it
 
     @model_validator(mode="after")

@@ -40,6 +40,10 @@ class Ranks:
         dist.all_reduce(tensor, group=self.host_group)
         return tensor.tolist()
 
+    def agree(self, number: int) -> bool:
+        """Whether all ranks hold the same number."""
+        return self.sum_on_host([number, number**2]) == [number * self.world_size, number**2 * self.world_size]
+
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum a tensor on the device over all ranks, in place."""
         if self.world_size > 1:

@@ -115,12 +115,16 @@ class Validation:
     def _summarise(self, sums: list[float]) -> dict[str, float]:
         nats, tokens, size = sums
         loss = nats / tokens
-        values = {"loss": loss, "bpb": nats / math.log(2) / size, "perplexity": math.exp(min(loss, 700.0))}
+        bpb = nats / math.log(2) / size if size else math.nan  # nothing but control tokens
+        values = {"loss": loss, "bpb": bpb, "perplexity": math.exp(min(loss, 700.0))}
         return {name: values[name] for name in ("loss", "bpb", "perplexity") if name in self._metrics}
 
 
 def _open_set(name: str, path: Path, plan: MixturePlan, max_tokens: int) -> ValidationSet:
-    dataset = TokenDataset(path)
+    try:
+        dataset = TokenDataset(path)
+    except UserError as error:
+        raise UserError(f"evaluation, validation set '{name}': {error}") from None
     if dataset.manifest.tokenizer_hash != plan.tokenizer_hash:
         raise UserError(f"validation set '{name}' ({path}) was made with another tokenizer than the training data")
     if dataset.tokens < 2:

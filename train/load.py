@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 
 from shards.errors import UserError
-from train.checkpoint import Checkpoints, load_weights
+from train.checkpoint import complete_checkpoints, load_weights
 from train.config import load_experiment
-from train.distributed import Ranks
 from train.models import BaseModelForCausalLM, ModelRegistry
 from train.prepare import load_model_config
 
@@ -27,7 +26,7 @@ def load_run(run: Path, checkpoint: Path | None = None) -> tuple[BaseModelForCau
     if not (run / "manifest.json").exists():
         raise UserError(f"{run}: no run folder (manifest.json is missing)")
     config = load_model_config(load_experiment(run / "config.yaml"))
-    checkpoint = checkpoint or Checkpoints(run, None, Ranks(0, 1, torch.device("cpu"), None)).find("auto")
+    checkpoint = checkpoint or next(reversed(complete_checkpoints(run / "checkpoints")), None)
     if checkpoint is None:
         raise UserError(f"{run}: the run has no checkpoint yet; it writes one each checkpointing.save_steps steps")
     with torch.device("meta"):

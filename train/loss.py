@@ -75,14 +75,16 @@ class _SummedLoss(torch.autograd.Function):
             part = (dz.T @ h).float()
             grad_head = part if grad_head is None else grad_head.add_(part)
         assert grad_head is not None
-        ctx.save_for_backward(grad_hidden, grad_head.to(head.dtype))
+        ctx.save_for_backward(grad_hidden, grad_head)
+        ctx.head_dtype = head.dtype
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_hidden, grad_head = ctx.saved_tensors
-        return grad_hidden * grad.to(grad_hidden.dtype), grad_head * grad.to(grad_head.dtype), None, None
+        # The scale stays float32: 1 / tokens in bf16 would be off by up to 0.4 %.
+        return (grad_hidden.float() * grad).to(grad_hidden.dtype), (grad_head * grad).to(ctx.head_dtype), None, None
 
 
 def loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

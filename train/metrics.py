@@ -6,6 +6,7 @@ import json
 import math
 import os
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ class MetricsLog:
         write_atomic(self.path, b"".join(orjson.dumps(row) + b"\n" for row in kept))
         self._file = self.path.open("ab")
         self._tensorboard = _open_tensorboard(run, config, resume_step) if config.logging.use_tensorboard else None
-        self._wandb = _open_wandb(run, config) if config.logging.use_wandb else None
+        self._wandb = _open_wandb(run, config, resume_step) if config.logging.use_wandb else None
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row, which has a `step`."""
@@ -115,14 +116,18 @@ def _open_tensorboard(run: Path, config: ExperimentConfig, resume_step: int) -> 
     return SummaryWriter(str(directory), purge_step=resume_step + 1 if resume_step else 0)
 
 
-def _open_wandb(run: Path, config: ExperimentConfig) -> Any:
+def _open_wandb(run: Path, config: ExperimentConfig, resume_step: int) -> Any:
     import wandb
+
+    id_file = run / "wandb_id"  # a run that goes on is the same run there; one that starts anew is another
+    if not (resume_step and id_file.exists()):
+        write_atomic(id_file, uuid.uuid4().hex[:12])
 
     return wandb.init(
         project=config.logging.wandb_project,
         entity=config.logging.wandb_entity,
         name=config.logging.wandb_run_name or config.experiment.name,
-        id=config.experiment.name,  # the same run goes on after a restart
+        id=id_file.read_text(),
         resume="allow",
         dir=str(run),
         tags=config.experiment.tags,

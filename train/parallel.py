@@ -25,8 +25,11 @@ from train.distributed import Ranks
 from train.models.transformer import BaseModelForCausalLM
 
 
-def parallelize(model: BaseModelForCausalLM, config: ExperimentConfig, ranks: Ranks) -> None:
-    """Make a model on the meta device ready to train on `ranks`, its weights drawn from the experiment's seed."""
+def parallelize(model: BaseModelForCausalLM, config: ExperimentConfig, ranks: Ranks, *, fill: bool = True) -> None:
+    """Make a model on the meta device ready to train on `ranks`.
+
+    With `fill` its weights are drawn from the experiment's seed; without, a checkpoint has to set them.
+    """
     model.compute_dtype = torch.bfloat16 if config.training.mixed_precision == "bf16" else torch.float32
     if config.training.compile and compiler_found(ranks):
         for module in [*model.layers, model.norm]:
@@ -35,7 +38,8 @@ def parallelize(model: BaseModelForCausalLM, config: ExperimentConfig, ranks: Ra
     if config.strategy == "fsdp" and ranks.world_size > 1:
         shard(model, ranks)
     model.to_empty(device=ranks.device)
-    initialize(model, config.experiment.seed, ranks)
+    if fill:
+        initialize(model, config.experiment.seed, ranks)
 
 
 def compiler_found(ranks: Ranks) -> bool:

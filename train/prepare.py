@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from shards.describe import summarize
 from shards.errors import UserError
 from shards.mixture import MixtureConfig, MixturePlan, load_mixture
 from shards.settings import validate
@@ -91,11 +92,20 @@ class Setup:
                     f"{self.checkpoint} stands at step {state.step:,}, but {self.ending}; raise that, or start anew"
                 )
             self.checkpoints.load(self.checkpoint, model, optimizer)
-        if self.ranks.is_first and (aside := self.checkpoints.set_aside(state.step)):
-            run.say(f"later checkpoints and a copy of the metrics are now in {aside}")
+        if not self.ranks.agree(state.step):
+            raise UserError(
+                f"{self.checkpoints.folder}: the ranks see different checkpoints; do they all share this file system?"
+            )
+        if self.ranks.is_first and (aside := self.checkpoints.set_aside(self.past_steps(state))):
+            run.say(f"checkpoints that this run does not go on from, and a copy of the metrics, are now in {aside}")
         self._describe(run, state)
         run.write_start(self.config, self.plan, model.get_num_params(), self.global_batch)
         return state
+
+    def past_steps(self, state: RunState) -> int:
+        """Steps that this folder has the past of: none where the checkpoint is another run's."""
+        own = self.checkpoint is not None and self.checkpoint.resolve().parent == self.checkpoints.folder.resolve()
+        return state.step if own else 0
 
     def _describe(self, run: RunFolder, state: RunState) -> None:
         config, tokens = self.config, self.global_batch * self.plan.seq_len
@@ -111,6 +121,8 @@ class Setup:
             f"the ranks share a step as {self.ranks.world_size} rank(s) x {self.accumulation} micro-batch(es) "
             f"x {config.training.batch_size} windows"
         )
+        for warning in summarize(self.plan)["warnings"]:
+            run.say(f"note: {warning}")
         if self.checkpoint is None:
             return
         run.say(f"resuming from {self.checkpoint} at step {state.step}")
@@ -151,6 +163,12 @@ def prepare(config: ExperimentConfig, ranks: Ranks) -> Setup:
     plan = MixturePlan.build(mixture, seq_len, total_samples=max_steps and max_steps * global_batch)
     _check_vocabulary(plan, model_config)
     total_steps, ending = _run_length(max_steps, mixture, plan, global_batch)
+    if config.training.warmup_steps >= total_steps:
+        raise UserError(
+            f"training.warmup_steps is {config.training.warmup_steps:,}, but {ending}: the learning rate would never "
+            "reach its peak"
+        )
+    config = _resolve(config, model_config, mixture)
     return Setup(
         config, ranks, plan, model, global_batch, accumulation, world_size, total_steps, ending, checkpoints, checkpoint
     )
@@ -176,6 +194,15 @@ def load_data_config(config: ExperimentConfig) -> MixtureConfig:
     if config.data.config_path is not None:
         return load_mixture(config.data.config_path)
     return validate(MixtureConfig, config.data.config, "data.config")
+
+
+def _resolve(config: ExperimentConfig, model: BaseModelConfig, mixture: MixtureConfig) -> ExperimentConfig:
+    """The same experiment with the fields of the files that it refers to in place, so that it stands alone."""
+    fields = model.model_dump(mode="json")
+    model_section = config.model.model_copy(update={"config_path": None, "config": fields, "overrides": {}})
+    mixture_fields = mixture.model_dump(mode="json", by_alias=True, exclude_none=True)
+    data_section = config.data.model_copy(update={"config_path": None, "config": mixture_fields})
+    return config.model_copy(update={"model": model_section, "data": data_section})
 
 
 def _share_batch(config: ExperimentConfig, world_size: int, ranks: Ranks) -> tuple[int, int]:

@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 8 train/pretrain.py --config configs/experiments/FILE.yaml
     python train/pretrain.py --config FILE.yaml training.learning_rate=1e-4 checkpointing.save_steps=200
 
-The same command again goes on where the run stopped, bit for bit; SIGTERM or Ctrl-C saves a checkpoint first.
+The same command again goes on where the run stopped, bit for bit. SIGTERM or Ctrl-C saves a checkpoint after the step
+and exits with 0; under torchrun the ranks do so, while torchrun itself exits with 1 and kills what takes over 30 s.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def pretrain(config: ExperimentConfig, ranks: Ranks) -> None:
     plan, total_steps = setup.plan, setup.total_steps
     run = RunFolder(Path(config.checkpointing.output_dir), ranks)
     model: BaseModelForCausalLM = setup.model
-    parallelize(model, config, ranks)
+    parallelize(model, config, ranks, fill=setup.checkpoint is None)
     optimizer = AdamW(model, config.training)
     validation = Validation(config.evaluation, plan, config.training.batch_size, config.data.document_mask, ranks)
     state = setup.resume(model, optimizer, run)
@@ -61,9 +62,10 @@ def pretrain(config: ExperimentConfig, ranks: Ranks) -> None:
         prefetch_factor=config.data.prefetch_factor,
         pin_memory=config.data.pin_memory and ranks.device.type == "cuda",
     )
-    log = MetricsLog(run.path, config, state.step) if ranks.is_first else None
+    log = MetricsLog(run.path, config, setup.past_steps(state)) if ranks.is_first else None
     speed = Speed(state.step, total_steps, setup.global_batch * plan.seq_len)
     skipped = torch.tensor(float(state.skipped_steps), device=ranks.device)
+    reported = state.skipped_steps
 
     def write(row: dict[str, Any]) -> None:
         if log is not None:
@@ -100,7 +102,7 @@ def pretrain(config: ExperimentConfig, ranks: Ranks) -> None:
         loss = torch.zeros((), device=ranks.device)
         for index, batch in enumerate(batches):
             delay_reduction(model, index < len(batches) - 1)
-            part = summed_loss(model, batch, ranks) / tokens
+            part = batch_loss(model, batch, ranks) / tokens
             part.backward()
             loss += part.detach()
         reduce_gradients(model, ranks)
@@ -113,6 +115,9 @@ def pretrain(config: ExperimentConfig, ranks: Ranks) -> None:
             tokens_per_second, left = speed.measure(step)
             row = {"loss": loss.item(), "lr": rate, "grad_norm": norm.item(), "tokens_per_second": tokens_per_second}
             write({"next_sample": loader.next_sample, **row, "skipped_steps": int(skipped.item())})
+            if skipped.item() > reported:
+                reported = int(skipped.item())
+                run.say(f"{reported} step(s) so far were skipped: a gradient was not finite")
             run.say(
                 f"step {step:>6}/{total_steps}  loss {loss.item():.4f}  lr {rate:.2e}  grad {norm.item():.2f}  "
                 f"{tokens_per_second:,.0f} tok/s  ETA {left}"
@@ -131,7 +136,7 @@ def pretrain(config: ExperimentConfig, ranks: Ranks) -> None:
         finish(run, model, setup)
 
 
-def summed_loss(model: BaseModelForCausalLM, batch: Batch, ranks: Ranks) -> torch.Tensor:
+def batch_loss(model: BaseModelForCausalLM, batch: Batch, ranks: Ranks) -> torch.Tensor:
     """Loss of a micro-batch, summed over its tokens."""
     positions = batch.position_ids
     output = model(
@@ -180,8 +185,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="experiment file (YAML)")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="replaces a field of the file")
-    arguments = parser.parse_args()
-    config = load_experiment(arguments.config, arguments.overrides)
+    arguments, dashed = parser.parse_known_args()  # --section.field=value is taken as well
+    config = load_experiment(arguments.config, [*arguments.overrides, *dashed])
     ranks = start_ranks(config.training.backend)
     pretrain(config, ranks)
     if torch.distributed.is_initialized():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 import yaml
 
-from shards.files import write_atomic
+from shards.files import lock_folder, write_atomic
 from shards.mixture import MixturePlan
 from train.config import ExperimentConfig
 from train.distributed import Ranks
@@ -28,12 +29,16 @@ class RunFolder:
         self._ranks = ranks
         if ranks.is_first:
             (path / "logs").mkdir(parents=True, exist_ok=True)
+            self._lock = lock_folder(path)
 
     def say(self, message: str) -> None:
         """Print a line and keep it in `logs/train.log`."""
         if not self._ranks.is_first:
             return
-        print(message, flush=True)
+        try:
+            print(message, flush=True)
+        except BrokenPipeError:  # whoever read the output has gone; that does not end a run
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         with (self.path / "logs" / "train.log").open("a", encoding="utf-8") as log:
             log.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {message}\n")
 
@@ -74,7 +79,7 @@ def _manifest(
                 source.name: {"path": str(source.dataset.path), "fingerprint": source.dataset.fingerprint}
                 for source in plan.sources
             },
-            "plan": plan.past(plan.total_samples or 0),
+            "plan": plan.past(plan.length()),
         },
         "command": sys.argv,
         "git": _git_state(),

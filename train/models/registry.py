@@ -30,7 +30,8 @@ class ModelRegistry:
         Raises:
             UserError: the file is missing or no YAML, the family or a field is unknown, a value has the wrong type.
         """
-        return cls.parse_config({**load_yaml(yaml_path), **(overrides or {})}, str(yaml_path))
+        where = f"{yaml_path} with model.overrides" if overrides else str(yaml_path)
+        return cls.parse_config({**load_yaml(yaml_path), **(overrides or {})}, where)
 
     @classmethod
     def parse_config(cls, fields: dict[str, Any], where: str) -> BaseModelConfig:

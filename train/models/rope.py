@@ -47,7 +47,7 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None
 
 def rotary_angles(position_ids: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines for positions [batch, length]: two float32 tensors [batch, length, 1, head_dim / 2]."""
-    angles = (position_ids[..., None].float() * frequencies.to(position_ids.device))[:, :, None]
+    angles = (position_ids[..., None].float() * frequencies)[:, :, None]
     return angles.cos(), angles.sin()
 
 

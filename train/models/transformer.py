@@ -45,7 +45,11 @@ class BaseModelConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _drop_inert_keys(cls, data: Any) -> Any:
-        return {key: value for key, value in data.items() if key not in INERT_KEYS} if isinstance(data, dict) else data
+        if not isinstance(data, dict):
+            return data
+        if data.get("attention_dropout"):
+            raise ValueError(f"attention_dropout {data['attention_dropout']} is not supported; set it to 0")
+        return {key: value for key, value in data.items() if key not in INERT_KEYS}
 
 
 @dataclass
@@ -73,6 +77,7 @@ class BaseModelForCausalLM(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.compute_dtype = torch.float32  # of the activations; parameters keep their own
+        self._frequencies: dict[torch.device, Tensor] = {}
         self.loss_kernel: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = loss_and_gradient
 
     def rotary_frequencies(self) -> Tensor:
@@ -111,7 +116,9 @@ class BaseModelForCausalLM(nn.Module):
         past = cache.length if cache else 0
         if position_ids is None:
             position_ids = torch.arange(past, past + length, device=input_ids.device).expand(batch, length)
-        cos, sin = rotary_angles(position_ids, self.rotary_frequencies())
+        if input_ids.device not in self._frequencies:
+            self._frequencies[input_ids.device] = self.rotary_frequencies().to(input_ids.device)
+        cos, sin = rotary_angles(position_ids, self._frequencies[input_ids.device])
         mask = attention_bias(position_ids, attention_mask, mask_documents, past)
 
         x = self.embed_tokens(input_ids).to(self.compute_dtype)
