@@ -52,7 +52,7 @@ def main() -> None:
         run_tool("minigpt-prep", "tokenize", path, *where, "--source", source, "--val-fraction", "0.02")
     console.rule("[bold]4. the mixture")
     run_tool(
-        "minigpt-mix", "inspect", MIXTURE, "--seq-len", "256", "--tokens", "4000000", "--html", str(DATA / "mix.html")
+        "minigpt-mix", "inspect", MIXTURE, "--seq-len", "256", "--tokens", "2457600", "--html", str(DATA / "mix.html")
     )
     console.rule("[bold]5. pretraining")
     if not (RUN / "results.json").exists():
@@ -61,7 +61,7 @@ def main() -> None:
         console.print(f"{RUN / 'results.json'} is there")
     console.rule("[bold]6. samples")
     samples = RUN / "samples.txt"
-    if not samples.exists():
+    if not samples.exists() or samples.stat().st_mtime < (RUN / "results.json").stat().st_mtime:
         write_samples(samples)
     console.print(samples.read_text(encoding="utf-8"), markup=False)
     console.rule(f"[bold]done in {(time.perf_counter() - start) / 60:.1f} minutes")
@@ -120,7 +120,7 @@ def summarise() -> None:
     console.print(
         "\n[bold]next[/bold] (after . .venv/bin/activate)\n"
         f"  minigpt-generate {RUN} --prompt 'def main('               # more text\n"
-        f"  minigpt-mix show {MIXTURE} --seq-len 256 --step 1 --batch-size 2   # what the model saw\n"
+        f"  minigpt-mix show {MIXTURE} --seq-len 256 --step 1 --batch-size 16   # what the model saw\n"
         f"  python train/pretrain.py --config {EXPERIMENT} training.max_steps=2000   # train on from here\n"
         "  minigpt-prep tokenize --help                                    # your own text",
         highlight=False,

@@ -24,19 +24,7 @@ from shards.files import publish
 
 CODE_BYTES = 30_000_000
 PROSE_BYTES = 15_000_000
-SKIPPED_FOLDERS = {
-    *(
-        "site-packages",
-        "dist-packages",
-        "__pycache__",
-        "test",
-        "tests",
-        "testing",
-        "pydoc_data",
-        "encodings",
-        "lib2to3",
-    ),
-}
+SKIPPED_FOLDERS = set("site-packages dist-packages __pycache__ test tests testing pydoc_data encodings lib2to3".split())
 PROSE_NAMES = {"METADATA", "README", "CHANGES"}
 PROSE_SUFFIXES = {".rst", ".md"}
 FILE_BYTES = range(400, 300_000)  # smaller ones say little, larger ones are mostly tables
@@ -96,12 +84,13 @@ def write_corpus(path: Path, documents: Iterable[tuple[str, str]], limit: int) -
     temporary = path.with_name(path.name + ".tmp")
     with zstandard.open(temporary, "wt", encoding="utf-8") as file:
         for name, text in documents:
-            digest = xxhash.xxh3_128_digest(text.encode())
+            data = text.encode(errors="replace")  # a docstring may spell a lone surrogate
+            digest = xxhash.xxh3_128_digest(data)
             if digest in seen:  # vendored copies, licence texts
                 continue
             seen.add(digest)
-            file.write(json.dumps({"id": name, "text": text}) + "\n")
-            size += len(text.encode())
+            file.write(json.dumps({"id": name, "text": data.decode()}) + "\n")
+            size += len(data)
             if size >= limit:
                 break
     publish(temporary, path)
