@@ -24,9 +24,7 @@ from shards.files import publish
 
 CODE_BYTES = 30_000_000
 PROSE_BYTES = 15_000_000
-SKIPPED_FOLDERS = set(
-    ["site-packages", "dist-packages", "__pycache__", "test", "tests", "testing", "pydoc_data", "encodings", "lib2to3"]
-)
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "testing", "encodings", "lib2to3"}
 PROSE_NAMES = {"METADATA", "README", "CHANGES"}
 PROSE_SUFFIXES = {".rst", ".md"}
 FILE_BYTES = range(400, 300_000)  # smaller ones say little, larger ones are mostly tables
