@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import pydoc_data.topics
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -150,6 +151,15 @@ def start(config: Path, *overrides: str, ranks: int = 0, **options: Any) -> subp
     )
 
 
+def kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL a run, and the ranks under torchrun first, which live in sessions of their own."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for number in [*map(int, children), process.pid]:
+        os.kill(number, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
 def run(config: Path, *overrides: str, ranks: int = 0, **options: Any) -> str:
     """Train to the end in a process of its own; returns what it printed."""
     process = start(config, *overrides, ranks=ranks, **options)
@@ -168,6 +178,23 @@ def rows(run_folder: Path, *, timed: bool = False) -> list[dict[str, Any]]:
 def losses(run_folder: Path) -> list[float]:
     """Training loss of every step."""
     return [row["loss"] for row in rows(run_folder) if "loss" in row]
+
+
+def checkpoint_tensors(checkpoint: Path) -> dict[str, Any]:
+    """Every tensor of a checkpoint by name."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    reader = dcp.FileSystemReader(checkpoint)
+    stored = reader.read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+def step_folder(run_folder: Path, step: int) -> Path:
+    """The checkpoint of a step."""
+    return run_folder / "checkpoints" / f"step-{step:08d}"
 
 
 def results(run_folder: Path) -> dict[str, Any]:
