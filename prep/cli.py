@@ -59,7 +59,9 @@ def tokenize(
     val_fraction: Annotated[
         float, typer.Option(help="Share of the documents, chosen by the hash of their id, that goes to OUT/val.")
     ] = 0.0,
-    shard_tokens: Annotated[int, typer.Option(help="Tokens per shard; each finished shard is a checkpoint.")] = 2**27,
+    shard_tokens: Annotated[
+        int | None, typer.Option(help="Tokens per shard; each finished shard is a checkpoint.  [default: 2^27]")
+    ] = None,
     workers: Annotated[
         int, typer.Option(min=0, help="Threads; 0: one per core. The output is the same for any number.")
     ] = 0,
@@ -94,13 +96,10 @@ def tokenize(
 
     Exit status: 0 finished, 2 stopped with a message.
     """
-    from prep.fast import load_fast_encoder, load_tokenizer, use_threads
-
-    use_threads(workers)
-    load_fast_encoder(load_tokenizer(tokenizer)[0])  # while the other libraries are imported
-    from prep.tokens import Options
+    from prep.tokens import DEFAULT_SHARD_TOKENS, Options
     from prep.tokens import tokenize as run
 
+    shard_tokens = DEFAULT_SHARD_TOKENS if shard_tokens is None else shard_tokens  # numpy is not imported for --help
     options = Options(text_column, id_column, eos, bos, shard_tokens, val_fraction)
     summary = run(
         inputs,

@@ -11,6 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 BLOCK_BYTES = 4 << 20
+MAX_DOCUMENT_BYTES = 1 << 30
+MIN_ROWS = 1_000  # before that many rows a share of bad ones says little
 EXCERPT_BYTES = 200
 
 
@@ -91,6 +93,11 @@ class Piece(NamedTuple):
     size: int
     row: int
     consumed: int
+
+
+def too_many_bad(bad: int, rows: int, share: float) -> bool:
+    """Whether more than a share of the rows is bad, where there are enough rows to tell."""
+    return rows >= MIN_ROWS and bad > share * rows
 
 
 def make_documents(item: Input, ids: pa.Array, texts: pa.Array) -> Documents:

@@ -41,21 +41,25 @@ FALLBACK_BATCH = 1 << 20
 SAMPLE_DOCUMENTS, SAMPLE_CHARACTERS, SAMPLE_DOCUMENT = 64, 128 << 10, 16 << 10
 
 NASTY = [
-    *(
-        "",
-        " ",
-        "  ",
-        "\n",
-        "\r\n",
-        "\t\t \n\n\n",
-        " \u00a0\u2003\u3000 ",
-        "\x00",
-        "a\x00b",
-        "\x01\x07\x1b[0m\x7f\x85",
-        "\ufeffa",
-    ),
+    "",
+    " ",
+    "  ",
+    "\n",
+    "\r\n",
+    "\t\t \n\n\n",
+    " \u00a0\u2003\u3000 ",
+    "\x00",
+    "a\x00b",
+    "\x01\x07\x1b[0m\x7f\x85",
+    "\ufeffa",
     "line\r\nline\rline\n\n\n    indented\n\tdef f(x):\n\t\treturn x  # comment   \n",
-    *("a" * 5_000, "ab" * 2_000, " " * 3_000, "\n" * 1_000, "!?" * 500, "0123456789" * 50, "9" * 1_001),
+    "a" * 5_000,
+    "ab" * 2_000,
+    " " * 3_000,
+    "\n" * 1_000,
+    "!?" * 500,
+    "0123456789" * 50,
+    "9" * 1_001,
     "I'm we've they'll he'd it's isn't I'M WE'VE 'tis 'Twas don’t",
     "1 12 123 1234 12345 3.14159 1,000,000 0x1F 1e-5 ½ ² ٣ ४ Ⅻ 𝟘",
     "👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 🇩🇪🇫🇷 ☺️ 🫠 \u200d \ufe0f",
@@ -68,6 +72,22 @@ NASTY = [
     "__init__ snake_case camelCase SCREAMING_CASE a.b.c(d)[e]{f} x+=1;y-->z; // ## ** ~~ `` == != <= >= && || ::",
     "https://example.com/a?b=c&d=%20e#f user@example.com C:\\Users\\x ../../etc",
 ]
+
+
+def load_tokenizer(path: Path) -> tuple[bytes, Path]:
+    """Read a `tokenizer.json` or the one in a folder; gives its bytes and its path.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        return path.read_bytes(), path
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); --tokenizer is a tokenizer.json or a folder that holds one "
+            f"(minigpt-prep train-tokenizer makes one)"
+        ) from None
 
 
 class Encoder:

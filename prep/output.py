@@ -9,7 +9,8 @@ bytes as one that was not.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import xxhash
 
 from prep.documents import Input, Position, Rejected
 from shards.errors import UserError
-from shards.files import publish, write_atomic
+from shards.files import lock_folder, publish, write_atomic
 from shards.format import MANIFEST, TOKENIZER
 from shards.writer import DatasetWriter
 
@@ -153,56 +154,77 @@ class Output:
 
 
 def describe_inputs(inputs: Sequence[Input]) -> dict[str, dict[str, Any]]:
-    """What is read, by source: files, bytes, and a digest of their names, sizes and times of change."""
+    """What is read, by source: files, bytes, a digest of their names and sizes, and one of their times of change."""
     sources: dict[str, dict[str, Any]] = {}
-    digests: dict[str, xxhash.xxh3_64] = {}
+    digests: dict[str, tuple[xxhash.xxh3_64, xxhash.xxh3_64]] = {}
     for item in inputs:
         entry = sources.setdefault(item.source, {"files": 0, "bytes": 0, "first": item.name})
         entry["files"] += 1
         entry["bytes"] += item.size
         entry["last"] = item.name
-        digest = digests.setdefault(item.source, xxhash.xxh3_64())
-        digest.update(f"{item.name}\0{item.size}\0{item.path.stat().st_mtime_ns}\n".encode())
-    return {name: {**entry, "digest": digests[name].hexdigest()} for name, entry in sources.items()}
+        files, times = digests.setdefault(item.source, (xxhash.xxh3_64(), xxhash.xxh3_64()))
+        files.update(f"{item.name}\0{item.size}\n".encode())
+        times.update(f"{item.path.stat().st_mtime_ns}\n".encode())
+    for name, (files, times) in digests.items():
+        sources[name] |= {"digest": files.hexdigest(), "times": times.hexdigest()}
+    return sources
 
 
-def open_output(out: Path, run: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
-    """Make the folder ready for a run.
+@contextmanager
+def open_output(out: Path, run: dict[str, Any], overwrite: bool) -> Iterator[dict[str, Any] | None]:
+    """Make the folder ready for a run, and hold it while the run lasts.
 
     Args:
         out: the folder.
         run: all that the output depends on, as JSON.
-        overwrite: throw away what an other run left.
+        overwrite: throw away what another run left, and a finished dataset.
 
-    Returns:
+    Yields:
         The last checkpoint of the same run, `{"finished": True}` if it is finished, None if it starts from nothing.
 
     Raises:
-        UserError: the folder holds something else; says what differs.
+        UserError: the folder holds something else (says what differs), or another process writes into it.
     """
     run = orjson.loads(orjson.dumps(run))
+    state = _find_state(out, run, overwrite)
+    if state and "finished" in state:
+        (out / PROGRESS).unlink(missing_ok=True)
+        yield state
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with lock_folder(out):
+        state = _find_state(out, run, overwrite)  # again: a process that held the folder may have changed it
+        if state is None:
+            _clear(out)
+            write_atomic(out / RUN, orjson.dumps(run, option=orjson.OPT_INDENT_2) + b"\n")
+        yield state
+
+
+def _find_state(out: Path, run: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; --out is a folder")
-    before = _read(out / RUN)
-    begun = (out / MANIFEST).exists() or (out / PROGRESS).exists()
-    if before == run and begun and not overwrite:
-        if (out / MANIFEST).exists():
-            (out / PROGRESS).unlink(missing_ok=True)
-            return {"finished": True}
-        return _read(out / PROGRESS)
-    if begun and not overwrite:
-        if before is None:
-            raise UserError(
-                f"{out}: holds a dataset that no tokenize run made here; choose another --out or add --overwrite"
-            )
+    finished = (out / MANIFEST).exists()
+    if not finished and not (out / PROGRESS).exists():
+        return None
+    try:
+        before = _read(out / RUN)
+        if before == run and not finished:
+            return _read(out / PROGRESS)
+    except UserError:
+        if not overwrite:
+            raise
+    if overwrite:
+        return None
+    if before == run:
+        return {"finished": True}
+    if before is None:
         raise UserError(
-            f"{out}: was made from other input or with other options; {_differences(before, run)}. "
-            f"Choose another --out, or add --overwrite to replace it"
+            f"{out}: holds a dataset that no tokenize run made here; choose another --out or add --overwrite"
         )
-    _clear(out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / RUN, orjson.dumps(run, option=orjson.OPT_INDENT_2) + b"\n")
-    return None
+    raise UserError(
+        f"{out}: was made from other input or with other options; {_differences(before, run)}. "
+        f"Choose another --out, or add --overwrite to replace it"
+    )
 
 
 def _write_rejected(out: Path, part: int, rows: Sequence[Rejected]) -> None:
@@ -254,5 +276,10 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
             changes.append(f"source '{name}' is {'new' if old is None else 'gone'}")
         elif old != new:
             was, now_is = (f"{entry['files']:,} file(s), {entry['bytes']:,} bytes" for entry in (old, new))
-            changes.append(f"source '{name}' has changed (was {was}, is {now_is})")
+            if {**old, "times": ""} == {**new, "times": ""}:
+                changes.append(f"the files of source '{name}' have new times, so they may have changed (still {was})")
+            elif was == now_is:
+                changes.append(f"source '{name}' has files of other names or sizes (still {was})")
+            else:
+                changes.append(f"source '{name}' has changed (was {was}, is {now_is})")
     return "; ".join(changes) or "its run.json is of another version"

@@ -8,10 +8,21 @@ from functools import partial
 import pyarrow as pa
 import pyarrow.parquet
 
-from prep.documents import BLOCK_BYTES, BrokenInput, Columns, Documents, Input, Piece, RowCollector, make_documents
+from prep.documents import (
+    BLOCK_BYTES,
+    MAX_DOCUMENT_BYTES,
+    BrokenInput,
+    Columns,
+    Documents,
+    Input,
+    Piece,
+    RowCollector,
+    make_documents,
+)
 from shards.errors import UserError
 
 MAX_BATCH_ROWS = 1 << 16
+MAX_BATCH_BYTES = 256 << 20
 
 
 def open_parquet(item: Input, columns: Columns) -> tuple[pyarrow.parquet.ParquetFile, str | None]:
@@ -61,20 +72,40 @@ def parquet_blocks(item: Input, columns: Columns, start: int) -> Iterator[Piece]
         size = sum(column.total_uncompressed_size for column in stored if column.path_in_schema in wanted)
         batch_rows = max(1, min(MAX_BATCH_ROWS, metadata.num_rows * BLOCK_BYTES // max(size, 1)))
         try:
-            for batch in file.iter_batches(batch_rows, row_groups=[group], columns=wanted, use_threads=False):
-                first, row = row, row + batch.num_rows
-                if first >= start:
-                    load = partial(_documents, batch, item, columns, key, first)
-                    yield Piece(load, batch.nbytes, row, item.size * row // total)
-        except (pa.ArrowInvalid, OSError) as error:
+            for whole in file.iter_batches(batch_rows, row_groups=[group], columns=wanted, use_threads=False):
+                for batch in _bounded(whole):
+                    first, row = row, row + batch.num_rows
+                    if first >= start:
+                        load = partial(_documents, batch, item, columns, key, first)
+                        yield Piece(load, batch.nbytes, row, item.size * row // total)
+        except (pa.ArrowException, OSError) as error:
             raise BrokenInput(f"row group {group} cannot be read ({error})") from None
 
 
+def _bounded(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    """The batch, halved until each part is small or one row: rows may be far larger than the mean of their group."""
+    if batch.nbytes <= MAX_BATCH_BYTES or batch.num_rows == 1:
+        yield batch
+        return
+    half = batch.num_rows // 2
+    yield from _bounded(batch.slice(0, half))
+    yield from _bounded(batch.slice(half))
+
+
 def _documents(batch: pa.RecordBatch, item: Input, columns: Columns, key: str | None, first: int) -> Documents:
-    texts = batch.column(columns.text).cast(pa.string())
-    if key:
-        ids = batch.column(key).cast(pa.string())
-    else:
+    rows = RowCollector(item)
+    if batch.num_rows == 1 and not _is_dictionary(batch) and batch.nbytes > MAX_DOCUMENT_BYTES:
+        rows.reject(first + 1, f"{batch.nbytes:,} bytes; no document is larger than {MAX_DOCUMENT_BYTES:,} bytes", b"")
+        return rows.documents()
+    try:
+        texts = batch.column(columns.text).cast(pa.string())
+        ids = batch.column(key).cast(pa.string()) if key else None
+    except pa.ArrowException as error:  # a dictionary of few long texts may stand for more than 2 GB
+        raise UserError(
+            f"{item.path}: rows {first + 1:,} to {first + batch.num_rows:,} cannot be taken as text ({error}); "
+            f"write the file again with smaller row groups"
+        ) from None
+    if ids is None:
         ids = pa.array([f"{item.name}:{row}" for row in range(first + 1, first + 1 + len(texts))], pa.string())
     try:
         texts.validate(full=True)
@@ -83,7 +114,6 @@ def _documents(batch: pa.RecordBatch, item: Input, columns: Columns, key: str | 
             return make_documents(item, ids, texts)
     except pa.ArrowInvalid:
         pass
-    rows = RowCollector(item)
     pairs = zip(ids.cast(pa.binary()).to_pylist(), texts.cast(pa.binary()).to_pylist(), strict=True)
     for number, (identity, text) in enumerate(pairs, first + 1):
         if text is None:
@@ -94,6 +124,10 @@ def _documents(batch: pa.RecordBatch, item: Input, columns: Columns, key: str | 
         except UnicodeDecodeError as error:
             rows.reject(number, f"not UTF-8 ({error.reason} at byte {error.start:,})", text)
     return rows.documents()
+
+
+def _is_dictionary(batch: pa.RecordBatch) -> bool:
+    return any(pa.types.is_dictionary(kind) for kind in batch.schema.types)
 
 
 def _is_text(kind: pa.DataType) -> bool:

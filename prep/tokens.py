@@ -21,9 +21,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from prep.documents import Block, Columns, Input
-from prep.encoder import SAMPLE_DOCUMENT, SAMPLE_DOCUMENTS, Encoder, control_token, end_of_document
-from prep.fast import load_fast_encoder, load_tokenizer, use_threads
+from prep.documents import Block, Columns, Input, too_many_bad
+from prep.encoder import (
+    SAMPLE_DOCUMENT,
+    SAMPLE_DOCUMENTS,
+    Encoder,
+    control_token,
+    end_of_document,
+    load_tokenizer,
+)
+from prep.fast import load_fast_encoder, use_threads
 from prep.output import REJECTED, TRAIN, VAL, Counts, Encoded, Output, Part, describe_inputs, open_output
 from prep.progress import Progress
 from prep.sources import check_inputs, find_inputs, read_blocks
@@ -31,7 +38,6 @@ from shards.errors import UserError
 from shards.format import DEFAULT_SHARD_TOKENS, MANIFEST, Manifest, token_dtype, tokenizer_hash
 
 IN_FLIGHT_BYTES = 64 << 20  # text that waits or is being encoded; one larger block may be on its way alone
-MIN_ROWS = 1_000  # before that many rows a share of bad ones says little
 
 
 @dataclass(frozen=True)
@@ -102,54 +108,58 @@ def tokenize(
         raise UserError(f"--val-fraction: {options.val_fraction} is not a share of the documents (0 or more, below 1)")
     workers = use_threads(workers)
     tokenizer_json, tokenizer_path = load_tokenizer(tokenizer)
-    load_fast_encoder(tokenizer_json)
     inputs = find_inputs(arguments, source, exclude=out)
     columns = Columns(options.text_column, options.id_column)
     recipe: dict[str, Any] = {"command": "tokenize", "options": vars(options)}
     run = {**recipe, "inputs": describe_inputs(inputs), "tokenizer_hash": _hash(tokenizer_json, tokenizer_path)}
 
-    state = open_output(out, run, overwrite)
-    if state and "finished" in state:
-        return _up_to_date(out, time.monotonic() - begin)
-    check_inputs(inputs, columns)
-    encoder = Encoder(tokenizer_json, str(tokenizer_path), lambda: _first_texts(inputs, columns))
-    if encoder.notice:
-        say(encoder.notice)
-    eos_id = end_of_document(encoder.special_tokens, options.eos, tokenizer_path)
-    bos_id = control_token(encoder.special_tokens, options.bos, "--bos") if options.bos else None
-    job = BlockEncoder(encoder, eos_id, bos_id, options.val_fraction)
-    settings = {
-        "tokenizer_json": tokenizer_json,
-        "vocab_size": encoder.vocab_size,
-        "eos_id": eos_id,
-        "bos_id": bos_id,
-        "shard_tokens": options.shard_tokens,
-    }
-    output = Output(out, state, split=options.val_fraction > 0, settings=settings)
-    counts, earlier_bytes = output.counts, output.counts.text_bytes
-    if state:
-        say(f"going on behind {counts.documents:,} documents that are done")
+    with open_output(out, run, overwrite) as state:
+        if state and "finished" in state:
+            return _up_to_date(out, time.monotonic() - begin)
+        load_fast_encoder(tokenizer_json)
+        check_inputs(inputs, columns)
+        encoder = Encoder(tokenizer_json, str(tokenizer_path), lambda: _first_texts(inputs, columns))
+        if encoder.notice:
+            say(encoder.notice)
+        eos_id = end_of_document(encoder.special_tokens, options.eos, tokenizer_path)
+        bos_id = control_token(encoder.special_tokens, options.bos, "--bos") if options.bos else None
+        job = BlockEncoder(encoder, eos_id, bos_id, options.val_fraction)
+        settings = {
+            "tokenizer_json": tokenizer_json,
+            "vocab_size": encoder.vocab_size,
+            "eos_id": eos_id,
+            "bos_id": bos_id,
+            "shard_tokens": options.shard_tokens,
+        }
+        output = Output(out, state, split=options.val_fraction > 0, settings=settings)
+        counts, earlier_bytes = output.counts, output.counts.text_bytes
+        if state:
+            say(f"going on behind {counts.documents:,} documents that are done")
 
-    _check_bad_rows(output, max_bad_rows)
-    blocks = read_blocks(inputs, columns, output.position)
-    total, done = (sum(item.size for item in files) for files in (inputs, inputs[: output.position.input]))
-    with Progress("tokenizing", total, done) as progress, ThreadPoolExecutor(workers) as pool:
-        for block, encoded in _in_order(pool, job, blocks, workers):
-            output.take(encoded, block.end, block.broken)
-            if block.broken:
-                say(f"broken input: {block.broken}")
-            _check_bad_rows(output, max_bad_rows)
-            progress.update(block.consumed, counts.text_bytes - earlier_bytes)
+        _check_bad_rows(output, max_bad_rows)
+        blocks = read_blocks(inputs, columns, output.position)
+        total, done = (sum(item.size for item in files) for files in (inputs, inputs[: output.position.input]))
+        with Progress("tokenizing", total, done) as progress, ThreadPoolExecutor(workers) as pool:
+            for block, encoded in _in_order(pool, job, blocks, workers):
+                output.take(encoded, block.end, block.broken)
+                if block.broken:
+                    say(f"broken input: {block.broken}")
+                _check_bad_rows(output, max_bad_rows)
+                progress.update(block.consumed, counts.text_bytes - earlier_bytes)
 
-    _check_complete(output, keep_going)
-    recipe["inputs"] = [{"source": name, **entry} for name, entry in run["inputs"].items()]
-    for entry in recipe["inputs"]:
-        del entry["digest"]  # it has file times in it
-    output.finish(encoder.backend, {**recipe, "counts": vars(counts)})
-    if options.val_fraction and not (out / VAL).exists():
-        say(f"no document fell into the validation part: raise --val-fraction ({options.val_fraction:g}) to get one")
-    train, val = _manifests(out)
-    return Summary(train, val, counts, time.monotonic() - begin, counts.text_bytes - earlier_bytes, up_to_date=False)
+        _check_complete(output, keep_going)
+        recipe["inputs"] = [{"source": name, **entry} for name, entry in run["inputs"].items()]
+        for entry in recipe["inputs"]:
+            del entry["digest"], entry["times"]
+        output.finish(encoder.backend, {**recipe, "counts": vars(counts)})
+        if options.val_fraction and not (out / VAL).exists():
+            say(
+                f"no document fell into the validation part: raise --val-fraction ({options.val_fraction:g}) to get one"
+            )
+        train, val = _manifests(out)
+        return Summary(
+            train, val, counts, time.monotonic() - begin, counts.text_bytes - earlier_bytes, up_to_date=False
+        )
 
 
 class BlockEncoder:
@@ -265,7 +275,7 @@ def _in_order(
 
 def _check_bad_rows(output: Output, max_bad_rows: float) -> None:
     counts = output.counts
-    if counts.rows >= MIN_ROWS and counts.bad > max_bad_rows * counts.rows:
+    if too_many_bad(counts.bad, counts.rows, max_bad_rows):
         output.checkpoint()
         raise UserError(
             f"{counts.bad:,} of {counts.rows:,} rows are bad, more than --max-bad-rows {max_bad_rows:g}; rows and "
