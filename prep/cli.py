@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,7 +26,8 @@ Inputs = Annotated[
     typer.Argument(
         metavar="INPUT…",
         help="Files, globs ('data/*.jsonl.zst') and folders (searched recursively): JSON Lines (.jsonl .ndjson .json, "
-        "plain or .gz or .zst), Parquet, and text files (.txt .md .py …; one file is one document).",
+        "plain or .gz or .zst), Parquet, and text files (.txt .md .py …; one file is one document). What else a folder "
+        "holds is left out and counted; so is .json beside text files.",
         show_default=False,
     ),
 ]
@@ -34,6 +35,12 @@ TextColumn = Annotated[str, typer.Option(help="Column or key that holds the text
 IdColumn = Annotated[
     str | None,
     typer.Option(help="Column or key with the document's id; default: 'id' where there is one, else FILE:ROW."),
+]
+MaxBadRows = Annotated[
+    float, typer.Option(min=0, max=1, help="Stop when more than this share of the rows, from 1,000 rows on, is bad.")
+]
+KeepGoing = Annotated[
+    bool, typer.Option("--keep-going", help="Finish although a file is broken in the middle (a truncated .gz).")
 ]
 
 
@@ -65,13 +72,8 @@ def tokenize(
     workers: Annotated[
         int, typer.Option(min=0, help="Threads; 0: one per core. The output is the same for any number.")
     ] = 0,
-    max_bad_rows: Annotated[
-        float,
-        typer.Option(min=0, max=1, help="Stop when more than this share of the rows, from 1,000 rows on, is bad."),
-    ] = 0.001,
-    keep_going: Annotated[
-        bool, typer.Option("--keep-going", help="Finish although a file is broken in the middle (a truncated .gz).")
-    ] = False,
+    max_bad_rows: MaxBadRows = 0.001,
+    keep_going: KeepGoing = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what another run left in OUT.")] = False,
 ) -> None:
     """Turn text into a dataset of token shards.
@@ -99,7 +101,7 @@ def tokenize(
     from prep.tokens import DEFAULT_SHARD_TOKENS, Options
     from prep.tokens import tokenize as run
 
-    shard_tokens = DEFAULT_SHARD_TOKENS if shard_tokens is None else shard_tokens  # numpy is not imported for --help
+    shard_tokens = DEFAULT_SHARD_TOKENS if shard_tokens is None else shard_tokens
     options = Options(text_column, id_column, eos, bos, shard_tokens, val_fraction)
     summary = run(
         inputs,
@@ -111,7 +113,7 @@ def tokenize(
         max_bad_rows=max_bad_rows,
         keep_going=keep_going,
         overwrite=overwrite,
-        say=lambda line: print(f"note: {line}", file=sys.stderr),
+        say=_say,
     )
     if summary.up_to_date:
         print(f"{out}: up to date ({summary.counts.documents:,} documents, {summary.counts.tokens:,} tokens)")
@@ -137,6 +139,8 @@ def train_tokenizer(
     sample_bytes: Annotated[
         int, typer.Option(min=1, help="Bytes of text to train on; documents are chosen by the hash of their id.")
     ] = 100_000_000,
+    max_bad_rows: MaxBadRows = 0.001,
+    keep_going: KeepGoing = False,
 ) -> None:
     """Train a byte-level BPE tokenizer.
 
@@ -147,7 +151,8 @@ def train_tokenizer(
         minigpt-prep train-tokenizer src/ docs/ --vocab-size 32000 --out tokenizer.json --sample-bytes 300000000
 
     Any text can be encoded (there is no unknown token), numbers are split into groups of up to three digits, and the
-    same input gives the same file. One document in a hundred is held out to measure bytes per token.
+    same input gives the same file. One document in a hundred is held out to measure bytes per token. Bad rows and
+    broken files are counted in the table at the end; too many bad rows, or a broken file without --keep-going, stop it.
     """
     from prep.train_tokenizer import DEFAULT_SPECIAL_TOKENS
     from prep.train_tokenizer import train_tokenizer as run
@@ -160,6 +165,9 @@ def train_tokenizer(
         sample_bytes=sample_bytes,
         text_column=text_column,
         id_column=id_column,
+        max_bad_rows=max_bad_rows,
+        keep_going=keep_going,
+        say=_say,
     )
     rows = [
         ("tokenizer", str(out)),
@@ -167,9 +175,15 @@ def train_tokenizer(
         ("control tokens", ", ".join(report.special_tokens)),
         ("trained on", f"{report.documents:,} documents, {report.sample_bytes:,} bytes"),
         ("bytes per token", f"{report.bytes_per_token:.2f} on {report.measured_on}"),
+        ("bad rows", f"{report.bad:,} of {report.rows:,}"),
+        ("broken files", "; ".join(report.broken) or "none"),
         ("time", f"{report.seconds:.1f} s"),
     ]
     _print_table(rows)
+
+
+def _say(line: str) -> None:
+    print(f"note: {line}", file=sys.stderr)
 
 
 def _print_summary(out: Path, summary: Summary) -> None:
@@ -184,12 +198,18 @@ def _print_summary(out: Path, summary: Summary) -> None:
         ("empty, skipped", f"{counts.empty:,}"),
         ("bad rows", f"{counts.bad:,} of {counts.rows:,}" + (f", see {out / 'rejected'}" if counts.bad else "")),
         ("broken files", "; ".join(counts.broken) or "none"),
+        ("left out of folders", _list_left_out(summary.train.recipe["left_out"])),
         ("literal control tokens", literal or "none"),
         ("shards", f"{len(summary.train.shards):,} of {summary.train.shard_tokens:,} {summary.train.dtype} tokens"),
         ("time", f"{summary.seconds:.1f} s, {summary.done_bytes / summary.seconds / 1e6:,.0f} MB/s of text"),
         ("backend", summary.train.backend),
     ]
     _print_table(rows)
+
+
+def _list_left_out(folders: list[dict[str, Any]]) -> str:
+    kinds = (f"{number:,} × {kind}" for folder in folders for kind, number in folder["files"].items())
+    return ", ".join(kinds) or "none"
 
 
 def _print_table(rows: list[tuple[str, str]]) -> None:

@@ -15,10 +15,11 @@ import glob
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple, NoReturn
 
 from prep.documents import (
     BLOCK_BYTES,
+    MAX_DOCUMENT_BYTES,
     START,
     Block,
     BrokenInput,
@@ -39,14 +40,56 @@ _TEXT_NAMES = """
     toml ini cfg cmake proto vim f90 zig dart v
 """
 TEXT_SUFFIXES = frozenset("." + name for name in _TEXT_NAMES.split())
-MAX_TEXT_BYTES = 1 << 30
+LINK, DANGLING = "linked folder", "link to nowhere"
+SHOWN_KINDS, SHOWN_NAMES = 4, 2
 READABLE = f"{' '.join(ROW_SUFFIXES)} (plain, .gz or .zst), .parquet, and text: .txt .md .rst .py and other source code"
 
 Kind = Literal["rows", "parquet", "text"]
 
 
-def find_inputs(arguments: Sequence[str], source: str | None = None, exclude: Path | None = None) -> list[Input]:
+class Found(NamedTuple):
+    """The files to read, and what the folders among the arguments hold beside them."""
+
+    inputs: list[Input]
+    left_out: list[LeftOut]
+
+
+class LeftOut(NamedTuple):
+    """What was left out of a folder: kind (a suffix, or what it is instead of a file) -> names below the folder."""
+
+    folder: str
+    names: dict[str, list[str]]
+
+    def counts(self) -> dict[str, int]:
+        """How many of each kind."""
+        return {kind: len(names) for kind, names in self.names.items()}
+
+    def __str__(self) -> str:
+        """One line, with the first names and what to do."""
+        kinds = sorted(self.names.items(), key=lambda pair: (pair[0] not in (".json", LINK), -len(pair[1])))
+        shown = [
+            f"{len(names):,} × {kind} ({', '.join(names[:SHOWN_NAMES])}{', …' * (len(names) > SHOWN_NAMES)})"
+            for kind, names in kinds[:SHOWN_KINDS]
+        ]
+        rest = sum(len(names) for _, names in kinds[SHOWN_KINDS:])
+        line = f"{self.folder}: left out {', '.join(shown)}" + (f", and {rest:,} of other suffixes" if rest else "")
+        advice = []
+        if ".json" in self.names:
+            pattern = "**/*.json" if any("/" in name for name in self.names[".json"]) else "*.json"
+            advice.append(
+                f"beside text .json is taken for configuration: to include it, give '{self.folder}/{pattern}'"
+            )
+        if LINK in self.names:
+            advice.append("linked folders are not followed: to include them, give them by name")
+        if self.names.keys() - {".json", LINK, DANGLING}:
+            advice.append("to include files of unknown suffixes, give them one that is known, such as .txt or .jsonl")
+        return "; ".join([line, *advice])
+
+
+def find_inputs(arguments: Sequence[str], source: str | None = None, exclude: Path | None = None) -> Found:
     """Files behind paths, globs and folders; folders are searched recursively, hidden files left out, sorted by path.
+
+    Ids are made of the files' names: neither those nor the order depend on how a path is spelled.
 
     Args:
         arguments: what the user typed.
@@ -54,35 +97,42 @@ def find_inputs(arguments: Sequence[str], source: str | None = None, exclude: Pa
         exclude: a folder that is not searched (where the output goes).
 
     Raises:
-        UserError: nothing found, a suffix that is not known, or a file that is given twice.
+        UserError: nothing found, a folder that cannot be read, a suffix that is not known, a file that is given twice.
     """
-    found: list[tuple[Path, Path, str]] = []  # file, the folder that its name is relative to, source
+    found: list[tuple[Path, str, str]] = []  # file, name, source
+    left_out: list[LeftOut] = []
     for argument in arguments:
         path = Path(argument).expanduser()
         if path.is_dir():
-            found += [(file, path.absolute().parent, path.resolve().name) for file in _walk(path, exclude)]
+            files, rest = _walk(path, exclude)
+            own = path.resolve().name
+            found += [(file, f"{own}/{file.relative_to(path).as_posix()}", own) for file in files]
+            left_out += [rest] if rest.names else []
         elif path.exists():
-            found.append((path, path.parent, path.name.split(".")[0] or path.name))
+            found.append((path, path.name, path.name.split(".")[0] or path.name))
         elif glob.has_magic(argument):
             root = _literal_root(path)
             files = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
             if not files:
                 raise UserError(f"{argument}: no file matches this pattern")
-            found += [(file, root, root.resolve().name) for file in files]
+            found += [(file, file.relative_to(root).as_posix(), root.resolve().name) for file in files]
         else:
             raise UserError(f"{argument}: no such file or folder")
-    names = [path.absolute().relative_to(root.absolute()).as_posix() for path, root, _ in found]
-    if len(set(names)) < len(names):  # the same name below two arguments: only whole paths tell their documents apart
-        names = [path.as_posix() for path, _, _ in found]
+    names = [name for _, name, _ in found]
+    if len(set(names)) < len(names):  # the same name below two arguments: only longer paths tell their documents apart
+        paths = [path.parent.resolve() / path.name for path, _, _ in found]
+        root = Path(os.path.commonpath([path.parent for path in paths]))
+        names = [path.relative_to(root).as_posix() for path in paths]
     seen: set[Path] = set()
     for path, _, _ in found:
         if (real := path.resolve()) in seen:
             raise UserError(f"{path}: given twice; to see a source more often, raise its weight in the mixture")
         seen.add(real)
-    return [
+    inputs = [
         Input(path, name, source or own, _require_kind(path), path.stat().st_size)
         for (path, _, own), name in zip(found, names, strict=True)
     ]
+    return Found(inputs, left_out)
 
 
 def check_inputs(inputs: Sequence[Input], columns: Columns) -> None:
@@ -100,10 +150,10 @@ def check_inputs(inputs: Sequence[Input], columns: Columns) -> None:
             check_rows(item, columns)
         elif item.kind == "parquet":
             open_parquet(item, columns)
-        elif item.size > MAX_TEXT_BYTES:
+        elif item.size > MAX_DOCUMENT_BYTES:
             raise UserError(
                 f"{item.path}: {item.size:,} bytes; a text file is one document, and no document is larger than "
-                f"{MAX_TEXT_BYTES:,} bytes. Cut it into documents, one JSON object with a text per line (.jsonl)"
+                f"{MAX_DOCUMENT_BYTES:,} bytes. Cut it into documents, one JSON object with a text per line (.jsonl)"
             )
 
 
@@ -151,23 +201,46 @@ def _require_kind(path: Path) -> Kind:
     return kind
 
 
-def _walk(folder: Path, exclude: Path | None) -> list[Path]:
-    """All readable files below a folder, sorted."""
+def _walk(folder: Path, exclude: Path | None) -> tuple[list[Path], LeftOut]:
+    """All readable files below a folder, sorted, and what else is there; links to folders are not followed."""
     excluded = exclude.resolve() if exclude else None
     kinds: dict[Path, Kind] = {}
-    for directory, folders, files in os.walk(folder):
+    others: list[tuple[str, Path]] = []
+
+    def fail(error: OSError) -> NoReturn:
+        raise UserError(
+            f"{error.filename}: this folder cannot be read ({error.strerror}); make it readable, "
+            f"or name the folders and files to read beside it"
+        ) from None
+
+    for directory, folders, files in os.walk(folder, onerror=fail):
         here = Path(directory)
         folders[:] = [name for name in folders if not name.startswith(".") and (here / name).resolve() != excluded]
+        others += [(LINK, here / name) for name in folders if (here / name).is_symlink()]
         for name in files:
             path = here / name
-            kind = _kind(path)
-            if kind and not name.startswith(".") and path.is_file():
+            if name.startswith("."):
+                continue
+            if not path.is_file():
+                others += [(DANGLING, path)] if path.is_symlink() else []  # no socket or pipe is worth a word
+            elif kind := _kind(path):
                 kinds[path] = kind
-    if "text" in kinds.values():  # beside text and source code a plain .json is configuration, not rows of documents
-        kinds = {path: kind for path, kind in kinds.items() if path.suffix.lower() != ".json"}
+            else:
+                others.append((_suffix(path), path))
     if not kinds:
         raise UserError(f"{folder}: this folder holds no file that can be read; readable are {READABLE}")
-    return sorted(kinds)
+    if "text" in kinds.values():  # beside text and source code a plain .json is configuration, not rows of documents
+        others += [(".json", path) for path in kinds if path.suffix.lower() == ".json"]
+        kinds = {path: kind for path, kind in kinds.items() if path.suffix.lower() != ".json"}
+    names: dict[str, list[str]] = {}
+    for what, path in sorted(others):
+        names.setdefault(what, []).append(path.relative_to(folder).as_posix())
+    return sorted(kinds), LeftOut(str(folder), names)
+
+
+def _suffix(path: Path) -> str:
+    suffixes = path.suffixes[-2:] if path.suffix.lower() in COMPRESSIONS else path.suffixes[-1:]
+    return "".join(suffixes).lower() or "no suffix"
 
 
 def _literal_root(pattern: Path) -> Path:

@@ -108,7 +108,9 @@ def tokenize(
         raise UserError(f"--val-fraction: {options.val_fraction} is not a share of the documents (0 or more, below 1)")
     workers = use_threads(workers)
     tokenizer_json, tokenizer_path = load_tokenizer(tokenizer)
-    inputs = find_inputs(arguments, source, exclude=out)
+    inputs, left_out = find_inputs(arguments, source, exclude=out)
+    for rest in left_out:
+        say(str(rest))
     columns = Columns(options.text_column, options.id_column)
     recipe: dict[str, Any] = {"command": "tokenize", "options": vars(options)}
     run = {**recipe, "inputs": describe_inputs(inputs), "tokenizer_hash": _hash(tokenizer_json, tokenizer_path)}
@@ -148,6 +150,7 @@ def tokenize(
                 progress.update(block.consumed, counts.text_bytes - earlier_bytes)
 
         _check_complete(output, keep_going)
+        recipe["left_out"] = [{"folder": Path(rest.folder).resolve().name, "files": rest.counts()} for rest in left_out]
         recipe["inputs"] = [{"source": name, **entry} for name, entry in run["inputs"].items()]
         for entry in recipe["inputs"]:
             del entry["digest"], entry["times"]

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import xxhash
 
-from prep.documents import Columns
+from prep.documents import Columns, Rejected, too_many_bad
 from prep.encoder import Encoder
 from prep.progress import Progress
 from prep.sources import check_inputs, find_inputs, read_blocks
@@ -34,6 +34,7 @@ PATTERN = (
 )
 HELD_OUT_SHARE = 100
 HELD_OUT_BYTES = 4_000_000
+SHOWN_REJECTED = 3
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,9 @@ class Training:
     sample_bytes: int
     bytes_per_token: float
     measured_on: str
+    rows: int
+    bad: int
+    broken: tuple[str, ...]
     seconds: float
 
 
@@ -82,6 +86,9 @@ def train_tokenizer(
     sample_bytes: int = 100_000_000,
     text_column: str = "text",
     id_column: str | None = None,
+    max_bad_rows: float = 0.001,
+    keep_going: bool = False,
+    say: Callable[[str], None] = print,
 ) -> Training:
     """Train a tokenizer and write it to `out`.
 
@@ -93,9 +100,13 @@ def train_tokenizer(
         sample_bytes: UTF-8 bytes of text that are used for training.
         text_column: the column with the text.
         id_column: the column with the id.
+        max_bad_rows: largest share of bad rows, looked at from 1,000 rows on.
+        keep_going: train although a file is broken in the middle.
+        say: takes one-line notices.
 
     Raises:
-        UserError: no text in the input, too little text for the vocabulary, or a vocabulary too small for the bytes.
+        UserError: no text in the input, too little text for the vocabulary, a vocabulary too small for the bytes, too
+            many bad rows, or a broken file.
     """
     begin = time.monotonic()
     smallest = 256 + len(special_tokens)
@@ -103,20 +114,31 @@ def train_tokenizer(
         raise UserError(f"--vocab-size: {vocab_size} is too small; 256 bytes and the control tokens take {smallest}")
     if len(set(special_tokens)) < len(special_tokens) or "" in special_tokens:
         raise UserError("--special-token: each must be given once, and not be empty")
-    inputs = find_inputs(arguments)
+    inputs, left_out = find_inputs(arguments)
+    for rest in left_out:
+        say(str(rest))
     columns = Columns(text_column, id_column)
     check_inputs(inputs, columns)
     sample, held_out = SmallestHashes(sample_bytes), SmallestHashes(HELD_OUT_BYTES)
-    read = 0
+    broken: list[str] = []
+    rejected: list[Rejected] = []
+    rows = bad = read = 0
     with Progress("reading", sum(item.size for item in inputs)) as progress:
         for block in read_blocks(inputs, columns):
-            batch = block.load().batch
+            documents = block.load()
+            rows, bad = rows + documents.rows, bad + len(documents.rejected)
+            rejected += documents.rejected[: SHOWN_REJECTED - len(rejected)]
+            broken += [block.broken] if block.broken else []
+            _check_input(rows, bad, rejected, broken, max_bad_rows, keep_going)
+            batch = documents.batch
             ids, texts_read = (batch.column(name).cast(pa.binary()).to_pylist() for name in ("id", "text"))
             for identity, text in zip(ids, texts_read, strict=True):
                 value = xxhash.xxh3_64_intdigest(identity)
                 (sample if value % HELD_OUT_SHARE else held_out).add(value, text)
             read += block.size
             progress.update(block.consumed, read)
+    if bad:
+        say(f"{bad:,} of {rows:,} rows are bad; {_list_rejected(rejected)}")
     texts, measured, measured_on = sample.texts(), held_out.texts(), "held-out documents"
     if not texts or not measured:  # a handful of documents: nothing to hold out
         texts, measured_on = [*texts, *measured], "the text it was trained on (too few documents to hold any out)"
@@ -135,7 +157,38 @@ def train_tokenizer(
     bytes_per_token = sum(len(text.encode()) for text in measured) / len(encoder.encode(measured)[0])
     size = sum(len(text.encode()) for text in texts)
     seconds = time.monotonic() - begin
-    return Training(encoder.vocab_size, tuple(special_tokens), len(texts), size, bytes_per_token, measured_on, seconds)
+    return Training(
+        encoder.vocab_size,
+        tuple(special_tokens),
+        len(texts),
+        size,
+        bytes_per_token,
+        measured_on,
+        rows,
+        bad,
+        tuple(broken),
+        seconds,
+    )
+
+
+def _check_input(
+    rows: int, bad: int, rejected: Sequence[Rejected], broken: Sequence[str], max_bad_rows: float, keep_going: bool
+) -> None:
+    """The rules of tokenize; nothing is kept of a run that stops, so it stops at once."""
+    if broken and not keep_going:
+        raise UserError(
+            f"the rest of a file cannot be read: {broken[0]}. Mend the file, "
+            f"or train without its rest with --keep-going"
+        )
+    if too_many_bad(bad, rows, max_bad_rows):
+        raise UserError(
+            f"{bad:,} of {rows:,} rows are bad, more than --max-bad-rows {max_bad_rows:g}; {_list_rejected(rejected)}"
+        )
+
+
+def _list_rejected(rejected: Sequence[Rejected]) -> str:
+    """The first bad rows in a line."""
+    return "the first: " + ", ".join(f"{row.file}:{row.row} ({row.reason})" for row in rejected)
 
 
 def _train(texts: list[str], vocab_size: int, special_tokens: Sequence[str]) -> bytes:

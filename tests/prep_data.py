@@ -59,7 +59,7 @@ def read_all(
     arguments: Sequence[str | Path], columns: Columns = TEXT, start: Position = START
 ) -> tuple[list[tuple[str, str, str]], list[Documents], list[str]]:
     """All documents (id, text, source), the blocks they came in, and what was broken."""
-    blocks = list(read_blocks(find_inputs([str(argument) for argument in arguments]), columns, start))
+    blocks = list(read_blocks(find_inputs([str(argument) for argument in arguments]).inputs, columns, start))
     loaded = [block.load() for block in blocks]
     rows = [tuple(row.values()) for documents in loaded for row in documents.batch.to_pylist()]
     return rows, loaded, [block.broken for block in blocks if block.broken]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import os
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,7 +19,7 @@ from prep_data import TEXT, prose, read_all, write_rows
 
 import prep.jsonl
 import prep.parquet
-from prep.documents import Columns, Position
+from prep.documents import Columns, Input, Position
 from prep.sources import check_inputs, find_inputs, read_blocks
 from shards.errors import UserError
 
@@ -203,7 +205,7 @@ def test_every_block_end_is_a_place_to_go_on(tmp_path, small_blocks):
     pq.write_table(pa.table({"text": [row["text"] for row in ROWS[:50]]}), paths[1], row_group_size=20)
     paths[2].write_text("one")
     paths[3].write_text("two")
-    inputs = find_inputs([str(path) for path in paths])
+    inputs = find_inputs([str(path) for path in paths]).inputs
     blocks = [(block.end, block.consumed, block.load()) for block in read_blocks(inputs, Columns())]
     assert len(blocks) > 20
     assert [consumed for _, consumed, _ in blocks] == sorted(consumed for _, consumed, _ in blocks)
@@ -273,7 +275,7 @@ def test_text_files_folders_and_globs(tmp_path):
     assert "not UTF-8" in block.rejected[0].reason
     assert [row[0] for row in read_all([str(root / "**" / "*.py")])[0]] == ["sub/c.py"]
     assert [row[0] for row in read_all([root / "b.md", str(root / "*.txt")])[0]] == ["b.md", "a.txt"]
-    assert [item.source for item in find_inputs([str(root)], source="mine")] == ["mine"] * 5
+    assert [item.source for item in find_inputs([str(root)], source="mine").inputs] == ["mine"] * 5
 
 
 def test_same_name_in_two_folders_gives_two_ids(tmp_path):
@@ -284,8 +286,102 @@ def test_same_name_in_two_folders_gives_two_ids(tmp_path):
     assert len(set(ids)) == 2
 
 
+def test_what_a_folder_leaves_out_is_told_in_one_line(tmp_path):
+    root, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
+    (root / "sub").mkdir(parents=True)
+    elsewhere.mkdir()
+    (elsewhere / "far.txt").write_text("far")
+    (root / "README.md").write_text("read me")
+    for name in ("train.json", "sub/more.json", "sub/most.json"):
+        write_rows(root / name, [{"text": "a"}] * 3)
+    for name in ("x.foo", "y.FOO", "LICENSE", "z.csv.gz", ".hidden.foo"):
+        (root / name).write_text("?")
+    (root / "linked").symlink_to(elsewhere)
+    (root / "sub" / "loop").symlink_to(root)
+    (root / "lost.txt").symlink_to(tmp_path / "nowhere")
+    inputs, (left_out,) = find_inputs([str(root)])
+    assert [item.name for item in inputs] == ["corpus/README.md"]
+    assert left_out.counts() == {
+        ".csv.gz": 1,
+        ".foo": 2,
+        ".json": 3,
+        "link to nowhere": 1,
+        "linked folder": 2,
+        "no suffix": 1,
+    }
+    message = str(left_out)
+    assert "\n" not in message
+    assert (
+        f"{root}: left out 3 × .json (sub/more.json, sub/most.json, …), 2 × linked folder (linked, sub/loop)" in message
+    )
+    assert f"give '{root}/**/*.json'" in message
+    (root / "sub" / "loop").unlink()  # a pattern with ** follows links
+    assert len(read_all([root, f"{root}/**/*.json"])[0]) == 10  # what the message says works
+    assert len(read_all([root, root / "linked"])[0]) == 2
+    assert find_inputs([str(elsewhere)]).left_out == []
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "closed").mkdir()
+    scan = os.scandir
+
+    def scandir(path):  # the tests may run as root, to whom every folder is open
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=r"closed: this folder cannot be read \(Permission denied\)"):
+        find_inputs([str(tmp_path)])
+
+
+def test_ids_do_not_depend_on_how_a_path_is_spelled(tmp_path, monkeypatch):
+    for folder in ("x", "y"):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        write_rows(tmp_path / "in" / folder / "a.jsonl", [{"text": folder}] * 2)
+    monkeypatch.chdir(tmp_path / "in" / "x")
+
+    def names(*arguments: str) -> list[str]:
+        return [item.name for item in find_inputs(arguments).inputs]
+
+    whole = tmp_path / "in"
+    for spelled in (str(whole), f"{whole}/", "..", "../", "../../in", "../x/.."):
+        assert names(spelled) == ["in/x/a.jsonl", "in/y/a.jsonl"], spelled
+    assert names(".") == names("../x") == names(f"{whole}/x") == ["x/a.jsonl"]
+    assert names("a.jsonl") == names("./a.jsonl") == names(f"{whole}/x/a.jsonl") == ["a.jsonl"]
+    assert names("*.jsonl") == names("../x/*.jsonl") == names(f"{whole}/x/*.jsonl") == ["a.jsonl"]
+    both = names("a.jsonl", "../y/a.jsonl")  # one name twice: told apart by their folders
+    assert both == names(f"{whole}/x/a.jsonl", f"{whole}/y/a.jsonl") == ["x/a.jsonl", "y/a.jsonl"]
+
+
+def test_parquet_rows_that_are_far_too_large(tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
+    texts = ["a", "b" * 5_000, "c", "d" * 500, "e" * 500, "f"]
+    pq.write_table(pa.table({"text": pa.array(texts, pa.large_string())}), path)
+    monkeypatch.setattr(prep.parquet, "MAX_BATCH_BYTES", 800)
+    monkeypatch.setattr(prep.parquet, "MAX_DOCUMENT_BYTES", 4_000)
+    rows, blocks, _ = read_all([path])
+    assert [row[:2] for row in rows] == [(f"a.parquet:{n}", text) for n, text in enumerate(texts, 1) if n != 2]
+    (rejected,) = [row for block in blocks for row in block.rejected]
+    assert rejected.row == 2
+    assert "no document is larger than 4,000 bytes" in rejected.reason
+    assert sum(block.rows for block in blocks) == 6
+
+
+def test_more_than_2_gb_in_a_batch_is_no_traceback(tmp_path):
+    zeros = pa.py_buffer(np.zeros(3 << 30, np.uint8))  # pages that nobody touches
+    offsets = pa.py_buffer(np.arange(4, dtype=np.int64) << 30)
+    texts = pa.Array.from_buffers(pa.large_string(), 3, [None, offsets, zeros])
+    batch = pa.RecordBatch.from_arrays([texts], names=["text"])
+    item = Input(tmp_path / "a.parquet", "a.parquet", "a", "parquet", 0)
+    with pytest.raises(UserError, match=r"a\.parquet: rows 8 to 10 cannot be taken as text.*smaller row groups"):
+        prep.parquet._documents(batch, item, Columns(), None, 7)
+    assert [part.num_rows for part in prep.parquet._bounded(batch)] == [1, 1, 1]
+
+
 def check(*arguments: str | Path, columns: Columns = TEXT) -> None:
-    check_inputs(find_inputs([str(argument) for argument in arguments]), columns)
+    check_inputs(find_inputs([str(argument) for argument in arguments]).inputs, columns)
 
 
 def test_mistakes_are_named(tmp_path):

@@ -23,8 +23,10 @@ from prep_data import SHARED, prose, small_tokenizer, write_rows
 from tokenizers import Tokenizer
 
 import prep.jsonl
+from prep.output import Output
 from prep.tokens import Options, tokenize
 from shards.errors import UserError
+from shards.format import DEFAULT_SHARD_TOKENS
 from shards.reader import TokenDataset
 from shards.verify import verify_dataset
 
@@ -185,6 +187,107 @@ def test_overwrite_leaves_foreign_files_alone(tokenizer, source, tmp_path):
     tokenize([str(source)], tokenizer, out, Options(val_fraction=0.0), overwrite=True)
     assert (out / "notes.txt").read_text() == "mine"
     assert not (out / "val").exists()
+
+
+def test_touched_files_are_told_apart_from_changed_ones(tokenizer, source, tmp_path):
+    out = tmp_path / "out"
+    tokenize([str(source)], tokenizer, out)
+    os.utime(source, ns=(1, 1))
+    with pytest.raises(UserError, match=r"the files of source 'rows' have new times.*still 1 file"):
+        tokenize([str(source)], tokenizer, out)
+    source.write_bytes(source.read_bytes() + b'{"text":"x"}\n')
+    with pytest.raises(UserError, match=r"source 'rows' has changed \(was 1 file"):
+        tokenize([str(source)], tokenizer, out)
+
+
+def test_overwrite_keeps_the_progress_of_the_same_run(tokenizer, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(prep.jsonl, "BLOCK_BYTES", 5_000)
+    monkeypatch.setattr(prep.jsonl, "PIECE_BYTES", 5_000)
+    out, whole, options = tmp_path / "out", tmp_path / "whole", Options(shard_tokens=9_000)
+    tokenize([str(source)], tokenizer, whole, options)
+    take, blocks = Output.take, 0
+
+    def interrupted(self: Output, *arguments: object) -> None:
+        nonlocal blocks
+        blocks += 1
+        if blocks == 30:
+            raise KeyboardInterrupt
+        take(self, *arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Output, "take", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tokenize([str(source)], tokenizer, out, options)
+    assert progress(out)
+    notices: list[str] = []
+    tokenize([str(source)], tokenizer, out, options, overwrite=True, say=notices.append)
+    assert "going on behind" in notices[0]
+    assert files(out) == files(whole)
+    summary = tokenize([str(source)], tokenizer, out, options, overwrite=True)  # finished: made once more
+    assert not summary.up_to_date
+    assert files(out) == files(whole)
+
+
+def test_a_damaged_run_is_overwritten(tokenizer, source, tmp_path):
+    out = tmp_path / "out"
+    tokenize([str(source)], tokenizer, out)
+    (out / "run.json").write_text("{")
+    with pytest.raises(UserError, match=r"run\.json: damaged.*--overwrite"):
+        tokenize([str(source)], tokenizer, out)
+    tokenize([str(source)], tokenizer, out, overwrite=True)
+    assert tokenize([str(source)], tokenizer, out).up_to_date
+
+
+def test_a_second_process_is_turned_away(tokenizer, tmp_path):
+    rows = [{"id": f"d{n}", "text": prose(n, 40 + n % 200)} for n in range(6_000)]
+    arguments = [write_rows(tmp_path / "a.jsonl", rows), "-t", tokenizer, "--shard-tokens", "9000"]
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    command = [sys.executable, "-c", COMMAND, "20000", "tokenize", *map(str, arguments), "-o", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not progress(out):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGSTOP)  # it is in the middle, and stays there
+    try:
+        assert not (out / "dataset.json").exists()
+        before = files(out)
+        for more in ([], ["--overwrite"], ["--bos", "<s>", "--overwrite"]):
+            second = run(*arguments, "-o", out, *more)
+            assert second.returncode == 2
+            assert f"{out}: another process is writing here" in second.stderr
+        assert files(out) == before
+    finally:
+        process.send_signal(signal.SIGCONT)
+    assert process.wait() == 0
+    assert run(*arguments, "-o", whole).returncode == 0
+    assert files(out) == files(whole)
+
+
+def test_what_a_folder_leaves_out_is_in_the_table_and_the_recipe(tokenizer, tmp_path):
+    folder, out = tmp_path / "corpus", tmp_path / "out"
+    folder.mkdir()
+    (folder / "README.md").write_text("read me")
+    write_rows(folder / "train.json", [{"text": "a"}])
+    (folder / "x.foo").write_text("?")
+    done = run(folder, "-t", tokenizer, "-o", out)
+    assert done.returncode == 0
+    assert "left out of folders     1 × .foo, 1 × .json" in done.stdout
+    assert done.stderr.count("left out") == 1
+    assert f"give '{folder}/*.json'" in done.stderr
+    recipe = json.loads((out / "dataset.json").read_bytes())["recipe"]
+    assert recipe["left_out"] == [{"folder": "corpus", "files": {".foo": 1, ".json": 1}}]
+    assert "left out" in run(folder, "-t", tokenizer, "-o", out).stderr  # also when up to date
+
+
+def test_validation_documents_do_not_depend_on_the_spelling_of_the_path(tokenizer, tmp_path, monkeypatch):
+    write_rows(tmp_path / "rows.jsonl", [{"text": row["text"]} for row in DOCUMENTS])
+    (tmp_path / "more").mkdir()
+    write_rows(tmp_path / "more" / "rows.jsonl", [{"text": row["text"]} for row in DOCUMENTS[:300]])
+    monkeypatch.chdir(tmp_path / "more")
+    options = Options(val_fraction=0.1)
+    tokenize([f"{tmp_path}/rows.jsonl", f"{tmp_path}/more/rows.jsonl"], tokenizer, tmp_path / "a", options)
+    tokenize(["../rows.jsonl", "rows.jsonl"], tokenizer, tmp_path / "b", options)
+    assert files(tmp_path / "a") == {**files(tmp_path / "b"), "run.json": files(tmp_path / "a")["run.json"]}
+    assert documents(tmp_path / "a" / "val")
 
 
 def test_killed_at_random_moments_and_resumed(tokenizer, tmp_path):
@@ -359,6 +462,8 @@ def test_disk_full_is_one_message_and_resumable(tokenizer, tmp_path):
 
 
 def test_no_heavy_imports():
+    code = "import sys, prep.cli; print({'numpy', 'pyarrow'} & set(sys.modules) or 'none')"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "none"
     heavy = {"torch", "datasets", "transformers", "numba"}
     code = f"import sys, prep, prep.cli, prep.tokens; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
@@ -369,6 +474,7 @@ def test_help_teaches():
     done = subprocess.run([sys.executable, "-m", "prep.cli", "tokenize", "--help"], capture_output=True, text=True)
     assert "Examples" in done.stdout
     assert "minigpt-prep tokenize books.jsonl.zst" in done.stdout
+    assert f"2^{DEFAULT_SHARD_TOKENS.bit_length() - 1}" in done.stdout
 
 
 @pytest.mark.slow

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 
@@ -98,6 +100,35 @@ def test_mistakes(corpus, tmp_path):
     with pytest.raises(UserError, match="no column 'body'"):
         train(corpus, out, text_column="body")
     assert not out.exists()
+
+
+def test_broken_files_and_bad_rows_follow_the_rules_of_tokenize(corpus, tmp_path):
+    out = tmp_path / "tokenizer.json"
+    packed = gzip.compress(corpus.read_bytes())
+    broken = tmp_path / "broken.jsonl.gz"
+    broken.write_bytes(packed[: len(packed) // 2])
+    few = write_rows(tmp_path / "few.jsonl", [*DOCUMENTS, b"{", b"null"])
+    many = write_rows(tmp_path / "many.jsonl", [*[{"text": prose(n, 20)} for n in range(1_500)], *[b"{"] * 15])
+    command = [sys.executable, "-m", "prep.cli", "train-tokenizer", "--vocab-size", "300", "-o", str(out)]
+    for arguments, message in [
+        ([broken], r"error: .*broken\.jsonl\.gz: truncated.*--keep-going"),
+        (
+            [many],
+            r"error: 15 of 1,515 rows are bad, more than --max-bad-rows 0\.001.*many\.jsonl:1501 \(not valid JSON",
+        ),
+    ]:
+        done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True)
+        assert done.returncode == 2
+        assert re.search(message, done.stderr), done.stderr
+        assert not out.exists()
+    options = ["--keep-going", "--max-bad-rows", "0.02"]
+    done = subprocess.run([*command, *options, str(broken), str(few)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"bad rows +2 of \d+\n", done.stdout)
+    assert re.search(r"broken files +\S*broken\.jsonl\.gz: truncated", done.stdout)
+    assert "few.jsonl:401 (not valid JSON" in done.stderr
+    report = train(many, tmp_path / "other.json", 300, max_bad_rows=0.02, say=lambda line: None)
+    assert (report.rows, report.bad, report.broken) == (1_515, 15, ())
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 9)), unique_by=lambda pair: pair[0]), st.integers(1, 60))
