@@ -74,22 +74,6 @@ NASTY = [
 ]
 
 
-def load_tokenizer(path: Path) -> tuple[bytes, Path]:
-    """Read a `tokenizer.json` or the one in a folder; gives its bytes and its path.
-
-    Raises:
-        UserError: there is none.
-    """
-    path = path / "tokenizer.json" if path.is_dir() else path
-    try:
-        return path.read_bytes(), path
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}); --tokenizer is a tokenizer.json or a folder that holds one "
-            f"(minigpt-prep train-tokenizer makes one)"
-        ) from None
-
-
 class Encoder:
     """A tokenizer as a run uses it.
 

@@ -1,12 +1,20 @@
-"""`fastokens`, loaded in the background: a large vocabulary takes a part of a second."""
+"""`fastokens`, loaded in the background: a large vocabulary takes a part of a second.
+
+Nothing heavy is imported here, so that the command line can begin to load before it imports the rest.
+"""
 
 from __future__ import annotations
 
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
+from shards.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class FastEncoder:
@@ -24,6 +32,8 @@ class FastEncoder:
 
     def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all documents, uint32 [n], and the borders between them, int64 [len(texts) + 1]."""
+        import numpy as np
+
         ids, offsets = self._tokenizer.encode_batch_flat(texts, False, split_special_tokens=True)
         return np.frombuffer(ids, "<u4"), np.frombuffer(offsets, "<i8")
 
@@ -51,3 +61,19 @@ def load_fast_encoder(tokenizer_json: bytes) -> Future[FastEncoder]:
     loading = pool.submit(FastEncoder, tokenizer_json)
     pool.shutdown(wait=False)
     return loading
+
+
+def load_tokenizer(path: Path) -> tuple[bytes, Path]:
+    """Read a `tokenizer.json` or the one in a folder; gives its bytes and its path.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        return path.read_bytes(), path
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); --tokenizer is a tokenizer.json or a folder that holds one "
+            f"(minigpt-prep train-tokenizer makes one)"
+        ) from None

@@ -28,9 +28,8 @@ from prep.encoder import (
     Encoder,
     control_token,
     end_of_document,
-    load_tokenizer,
 )
-from prep.fast import load_fast_encoder, use_threads
+from prep.fast import load_tokenizer, use_threads
 from prep.output import REJECTED, TRAIN, VAL, Counts, Encoded, Output, Part, describe_inputs, open_output
 from prep.progress import Progress
 from prep.sources import check_inputs, find_inputs, read_blocks
@@ -118,7 +117,6 @@ def tokenize(
     with open_output(out, run, overwrite) as state:
         if state and "finished" in state:
             return _up_to_date(out, time.monotonic() - begin)
-        load_fast_encoder(tokenizer_json)
         check_inputs(inputs, columns)
         encoder = Encoder(tokenizer_json, str(tokenizer_path), lambda: _first_texts(inputs, columns))
         if encoder.notice:

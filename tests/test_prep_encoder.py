@@ -15,8 +15,8 @@ from tokenizers import Tokenizer
 
 from prep import encoder as encoder_module
 from prep import fast
-from prep.encoder import NASTY, Encoder, end_of_document, load_tokenizer
-from prep.fast import FastEncoder
+from prep.encoder import NASTY, Encoder, end_of_document
+from prep.fast import FastEncoder, load_tokenizer
 from shards.errors import UserError
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "[PAD]", "</s>")
