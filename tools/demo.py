@@ -94,7 +94,7 @@ def write_samples(path: Path) -> None:
     """Continue a few openings of code and of prose."""
     from tools.generate import continue_prompts
 
-    texts = continue_prompts(RUN, list(PROMPTS), max_new_tokens=SAMPLE_TOKENS, temperature=0.7)
+    texts = continue_prompts(RUN, list(PROMPTS), max_new_tokens=SAMPLE_TOKENS, temperature=0.6, top_k=30)
     border = "\n" + "─" * 80 + "\n"
     write_atomic(path, border.join(text.rstrip() for text in texts) + "\n")
 
