@@ -48,13 +48,13 @@ SECTIONS = {
 }
 
 
-def assert_same_run(found: Path, expected: Path) -> None:
+def assert_same_run(found: Path, expected: Path, steps: int = STEPS) -> None:
     """Weights, optimiser state and metrics, to the bit."""
     assert rows(found) == rows(expected)
     assert results(found) == results(expected)
     names = sorted(path.name for path in (expected / "checkpoints").iterdir())
     assert sorted(path.name for path in (found / "checkpoints").iterdir()) == names
-    ours, theirs = (checkpoint_tensors(step_folder(path, STEPS)) for path in (found, expected))
+    ours, theirs = (checkpoint_tensors(step_folder(path, steps)) for path in (found, expected))
     assert ours.keys() == theirs.keys()
     assert any(name.startswith("optimizer.exp_avg_sq") for name in ours)
     for name, tensor in ours.items():
@@ -75,27 +75,6 @@ def read_until(process: subprocess.Popen[str], text: str) -> str:
         if text in line:
             return seen
     raise AssertionError(f"no '{text}' in:\n{seen}")
-
-
-def kill_and_rerun(config: Path, run_folder: Path, kills: int, seed: int) -> list[int]:
-    """Kill the run with SIGKILL `kills` times, at a random step and moment, then let it end; the steps at each kill."""
-    source, reached = random.Random(seed), []
-    for _ in range(kills):
-        process = start(config)
-        first = (max((int(p.name[5:]) for p in run_folder.glob("checkpoints/step-*")), default=0)) + 1
-        if first < STEPS:
-            read_until(process, f"step {source.randint(first, STEPS - 1):>6}/")
-            time.sleep(source.random() * 0.08)  # inside a step, a validation or the saving of a checkpoint
-        kill(process)
-        reached.append(max((row["step"] for row in complete_rows(run_folder)), default=0))
-    run(config)
-    return reached
-
-
-def complete_rows(run_folder: Path) -> list[dict]:
-    from train.metrics import read_metrics
-
-    return read_metrics(run_folder / "metrics.jsonl")
 
 
 def test_the_same_config_gives_the_same_run(mixture, uninterrupted, tmp_path):
@@ -124,11 +103,24 @@ def test_killed_twice_is_the_same_run(mixture, uninterrupted, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
-def test_killed_ten_times_is_the_same_run(mixture, uninterrupted, tmp_path, seed):
-    config = write_experiment(tmp_path, mixture, **SECTIONS)
-    reached = kill_and_rerun(config, tmp_path / "run", 10, seed)
-    assert len(reached) == 10
-    assert_same_run(tmp_path / "run", uninterrupted)
+def test_killed_ten_times_is_the_same_run(mixture, tmp_path, seed):
+    """At random moments: in steps, validations and saves, some before the first checkpoint."""
+    steps, source, reached = 150, random.Random(seed), 0
+    whole, config = (
+        write_experiment(tmp_path / name, mixture, **{**SECTIONS, "training": {"max_steps": steps}})
+        for name in ("whole", "cut")
+    )
+    run(whole)
+    run_folder = tmp_path / "cut" / "run"
+    for _ in range(10):
+        process = start(config)
+        read_until(process, f"step {reached + source.randint(1, 13):>6}/")
+        time.sleep(source.random() * 0.05)
+        kill(process)
+        reached = max((int(path.name[5:]) for path in run_folder.glob("checkpoints/step-*")), default=0)
+    assert 28 <= reached < steps  # it was training at every kill
+    run(config)
+    assert_same_run(run_folder, tmp_path / "whole" / "run", steps)
 
 
 @pytest.mark.slow
@@ -258,11 +250,11 @@ def test_two_ranks_killed_and_resumed_are_the_same_run(mixture, tmp_path, strate
 
 
 @pytest.mark.slow
-def test_four_ranks_and_an_uneven_vocabulary(mixture, uninterrupted, tmp_path):
+def test_three_ranks_share_unevenly(mixture, tmp_path):
     """400 rows of the embedding on three ranks: the slices differ in size."""
     training = {"batch_size": 2, "gradient_accumulation_steps": 1, "max_steps": 10}
-    folder = write_experiment(tmp_path / "three", mixture, training=training, parallel={"strategy": "fsdp"})
-    run(folder, ranks=3)
+    config = write_experiment(tmp_path / "three", mixture, training=training, parallel={"strategy": "fsdp"})
+    run(config, ranks=3)
     alone = write_experiment(tmp_path / "one", mixture, training={**training, "gradient_accumulation_steps": 3})
     run(alone)
     assert_same_curve(losses(tmp_path / "three" / "run"), losses(tmp_path / "one" / "run"))
