@@ -6,8 +6,11 @@ The text is what every Python carries: the source of its standard library and th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import gc
 import inspect
+import io
 import itertools
 import json
 import os
@@ -200,3 +203,25 @@ def step_folder(run_folder: Path, step: int) -> Path:
 def results(run_folder: Path) -> dict[str, Any]:
     """What the run ended with."""
     return json.loads((run_folder / "results.json").read_text())
+
+
+def train_here(config: Path, *overrides: str) -> tuple[int, str]:
+    """The command in this process, as `run_command(main)` runs it: exit status, and what it printed."""
+    from shards.errors import run_command
+    from train.pretrain import main
+
+    output, arguments = io.StringIO(), sys.argv
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    sys.argv = ["train/pretrain.py", "--config", str(config), *overrides]
+    status = 0
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            run_command(main)
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    finally:
+        sys.argv = arguments
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    gc.collect()  # the lock on the run folder goes with the objects of the run
+    return status, output.getvalue()

@@ -231,10 +231,12 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
 
 
 def _read(checkpoint: Path, tensors: dict[str, Any], ranks: Ranks | None) -> None:
+    reader = FileSystemReader(checkpoint)
     try:
+        reader.read_metadata()  # dcp would log a traceback of its own where this fails
         dcp.load(
             tensors,
-            storage_reader=FileSystemReader(checkpoint),
+            storage_reader=reader,
             no_dist=ranks is None or ranks.world_size == 1,
             process_group=ranks and ranks.host_group,
         )
