@@ -1,0 +1,227 @@
+"""What a stage of the preparation is: a pure function of a batch of documents, and the tally of what it did.
+
+Stages that look at one document at a time run one after the other over each part of the input, in one pass. A stage
+gives back the documents that stay and tells its `Tally` which ones go, and why. Tallies of parts merge into the tally of
+the run, so a report costs nothing and does not depend on who worked through which part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+Unit = Literal["share", "count", "score"]
+BINS = 50
+COUNT_BINS = 128  # quarters of an octave up to 2^32
+SAMPLES_PER_RULE = 3
+EXCERPT_CHARACTERS = 600
+
+# What a rejected document has beside its own columns: the stage and rule that removed it, the measured value and the
+# bound that it broke, more words where they help; for duplicates the document that stays, and the similarity to it.
+REASON_COLUMNS = pa.schema(
+    [
+        ("stage", pa.string()),
+        ("rule", pa.string()),
+        ("value", pa.float64()),
+        ("threshold", pa.float64()),
+        ("detail", pa.string()),
+        ("keeper", pa.string()),
+        ("similarity", pa.float64()),
+    ]
+)
+
+
+class Stage(Protocol):
+    """A pure function of a batch; picklable, models and tables load at the first call in a process."""
+
+    name: str
+
+    def describe(self) -> dict[str, Any]:
+        """All that the output depends on, as JSON: options, versions, digests of models and lists."""
+        ...
+
+    def __call__(self, batch: pa.RecordBatch, tally: Tally) -> pa.RecordBatch:
+        """The documents that stay, in their order, their text changed or not."""
+        ...
+
+
+@dataclass
+class Histogram:
+    """Counts over fixed bins: of [0, 1] for shares and scores, of log2(1 + value) in quarters for counts."""
+
+    unit: Unit
+    low: float | None
+    high: float | None
+    counts: list[int]
+
+    def edges(self) -> list[float]:
+        """Borders of the bins, one more than there are bins."""
+        if self.unit == "count":
+            return [2.0 ** (number / 4) - 1 for number in range(len(self.counts) + 1)]
+        return [number / BINS for number in range(BINS + 1)]
+
+
+@dataclass
+class Tally:
+    """What one stage did to the documents that it saw.
+
+    Attributes:
+        stage: name of the stage.
+        documents_in, bytes_in, documents_out, bytes_out: what came in and what stayed; bytes of UTF-8 text.
+        rules: rule -> [documents, bytes] that it removed, in the order in which rules first removed something.
+        counts: whatever else was counted.
+        histograms: statistic -> its distribution over the documents that came in.
+        samples: rule -> the first documents that it removed, for the report.
+        sets: name -> distinct numbers seen, such as the items of a benchmark that were found.
+        rejected: the removed documents of the part that is being worked on, with REASON_COLUMNS; not part of the JSON.
+    """
+
+    stage: str
+    documents_in: int = 0
+    bytes_in: int = 0
+    documents_out: int = 0
+    bytes_out: int = 0
+    rules: dict[str, list[int]] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    histograms: dict[str, Histogram] = field(default_factory=dict)
+    samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    sets: dict[str, set[int]] = field(default_factory=dict)
+    rejected: list[pa.RecordBatch] = field(default_factory=list, repr=False)
+
+    def reject(
+        self,
+        batch: pa.RecordBatch,
+        chosen: np.ndarray,
+        rule: str,
+        *,
+        value: np.ndarray | float | None = None,
+        threshold: float | None = None,
+        detail: Sequence[str | None] | str | None = None,
+        keeper: Sequence[str | None] | None = None,
+        similarity: np.ndarray | None = None,
+    ) -> None:
+        """Record that `rule` removes documents.
+
+        Args:
+            batch: the documents, n of them.
+            chosen: which of them, bool [n].
+            rule: its name.
+            value: what was measured, [n] or one number for all.
+            threshold: the bound that was broken.
+            detail: more words, [n] or one text for all.
+            keeper: ids of the documents that stay in their place, [n].
+            similarity: to the keepers, [n].
+        """
+        if not chosen.any():
+            return
+        removed = batch.filter(pa.array(chosen))
+        rows = removed.num_rows
+
+        def column(given: Any, kind: pa.DataType) -> pa.Array:
+            if given is None or isinstance(given, str | int | float):
+                return pa.repeat(pa.scalar(given, kind), rows)
+            if isinstance(given, np.ndarray):
+                return pa.array(given[chosen], kind)
+            return pa.array([given[index] for index in np.flatnonzero(chosen)], kind)
+
+        given = (self.stage, rule, value, threshold, detail, keeper, similarity)
+        reasons = [column(what, kind.type) for what, kind in zip(given, REASON_COLUMNS, strict=True)]
+        schema = pa.schema([*removed.schema, *REASON_COLUMNS])
+        self.rejected.append(pa.RecordBatch.from_arrays([*removed.columns, *reasons], schema=schema))
+        entry = self.rules.setdefault(rule, [0, 0])
+        entry[0] += rows
+        entry[1] += text_bytes(removed)
+        kept = self.samples.setdefault(rule, [])
+        for row in self.rejected[-1].slice(0, SAMPLES_PER_RULE - len(kept)).to_pylist():
+            kept.append(_sample(row))
+
+    def count(self, name: str, number: int) -> None:
+        """Add to a count."""
+        if number:
+            self.counts[name] = self.counts.get(name, 0) + int(number)
+
+    def histogram(
+        self, name: str, values: np.ndarray, *, unit: Unit, low: float | None = None, high: float | None = None
+    ) -> None:
+        """Add values of a statistic, [n]; what lies outside of the bins goes to the first or the last."""
+        bins = COUNT_BINS if unit == "count" else BINS
+        place = 4 * np.log2(1 + np.maximum(values, 0)) if unit == "count" else values * BINS
+        found = np.bincount(np.clip(np.nan_to_num(place), 0, bins - 1).astype(np.int64), minlength=bins)
+        known = self.histograms.setdefault(name, Histogram(unit, low, high, [0] * bins))
+        known.counts = (np.array(known.counts) + found).tolist()
+
+    def merge(self, other: Tally) -> None:
+        """Add the tally of a later part."""
+        for name in ("documents_in", "bytes_in", "documents_out", "bytes_out"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for rule, numbers in other.rules.items():
+            self.rules[rule] = [a + b for a, b in zip(self.rules.get(rule, [0, 0]), numbers, strict=True)]
+        for name, number in other.counts.items():
+            self.count(name, number)
+        for name, histogram in other.histograms.items():
+            known = self.histograms.setdefault(
+                name, Histogram(histogram.unit, histogram.low, histogram.high, [0] * len(histogram.counts))
+            )
+            known.counts = [a + b for a, b in zip(known.counts, histogram.counts, strict=True)]
+        for rule, samples in other.samples.items():
+            known_samples = self.samples.setdefault(rule, [])
+            known_samples += samples[: SAMPLES_PER_RULE - len(known_samples)]
+        for name, numbers_seen in other.sets.items():
+            self.sets.setdefault(name, set()).update(numbers_seen)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the rejected documents themselves."""
+        return {
+            "stage": self.stage,
+            "documents_in": self.documents_in,
+            "bytes_in": self.bytes_in,
+            "documents_out": self.documents_out,
+            "bytes_out": self.bytes_out,
+            "rules": self.rules,
+            "counts": self.counts,
+            "histograms": {name: vars(histogram) for name, histogram in self.histograms.items()},
+            "samples": self.samples,
+            "sets": {name: sorted(numbers) for name, numbers in self.sets.items()},
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Tally:
+        """The tally that `to_json` wrote."""
+        histograms = {name: Histogram(**histogram) for name, histogram in data["histograms"].items()}
+        sets = {name: set(numbers) for name, numbers in data["sets"].items()}
+        return cls(**{**data, "histograms": histograms, "sets": sets})
+
+
+def run_stages(batch: pa.RecordBatch, stages: Sequence[Stage], tallies: Sequence[Tally]) -> pa.RecordBatch:
+    """Run a batch through stages, each of which sees what the one before it left."""
+    for stage, tally in zip(stages, tallies, strict=True):
+        if not batch.num_rows:
+            break
+        tally.documents_in += batch.num_rows
+        tally.bytes_in += text_bytes(batch)
+        batch = stage(batch, tally)
+        tally.documents_out += batch.num_rows
+        tally.bytes_out += text_bytes(batch)
+    return batch
+
+
+def text_bytes(batch: pa.RecordBatch) -> int:
+    """Bytes of text in a batch."""
+    return pc.sum(pc.binary_length(batch.column("text"))).as_py() or 0
+
+
+def replace_text(batch: pa.RecordBatch, texts: pa.Array) -> pa.RecordBatch:
+    """The batch with other texts."""
+    return batch.set_column(batch.schema.get_field_index("text"), "text", texts)
+
+
+def _sample(row: dict[str, Any]) -> dict[str, Any]:
+    text = row["text"]
+    excerpt = text if len(text) <= EXCERPT_CHARACTERS else text[:EXCERPT_CHARACTERS] + " …"
+    names = ("rule", "id", "source", "value", "threshold", "detail", "keeper", "similarity")
+    return {name: row[name] for name in names} | {"excerpt": excerpt}
