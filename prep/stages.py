@@ -1,15 +1,15 @@
 """What a stage of the preparation is: a pure function of a batch of documents, and the tally of what it did.
 
 Stages that look at one document at a time run one after the other over each part of the input, in one pass. A stage
-gives back the documents that stay and tells its `Tally` which ones go, and why. Tallies of parts merge into the tally of
-the run, so a report costs nothing and does not depend on who worked through which part.
+gives back the documents that stay and tells its `Tally` which ones go, and why. Tallies of parts merge into the tally
+of the run, so a report costs nothing and does not depend on who worked through which part.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -37,9 +37,10 @@ REASON_COLUMNS = pa.schema(
 
 
 class Stage(Protocol):
-    """A pure function of a batch; picklable, models and tables load at the first call in a process."""
+    """A pure function of a batch, which may be empty; picklable, models and tables load at the first call in a process."""
 
     name: str
+    adds: pa.Schema  # the columns that it adds to a batch, behind those that are there; for most stages none
 
     def describe(self) -> dict[str, Any]:
         """All that the output depends on, as JSON: options, versions, digests of models and lists."""
@@ -47,6 +48,23 @@ class Stage(Protocol):
 
     def __call__(self, batch: pa.RecordBatch, tally: Tally) -> pa.RecordBatch:
         """The documents that stay, in their order, their text changed or not."""
+        ...
+
+
+NOTHING_ADDED = pa.schema([])
+
+
+class Product(Protocol):
+    """What a pass computes for each part beside its documents, such as signatures; picklable."""
+
+    name: str  # of the folder below the stage's folder; array KEY of part 0 is the file NAME/part-00000.KEY.npy
+
+    def describe(self) -> dict[str, Any]:
+        """All that the arrays depend on, as JSON."""
+        ...
+
+    def __call__(self, batch: pa.RecordBatch) -> dict[str, np.ndarray]:
+        """Arrays whose last axis is the documents of the batch; they are joined along it over the part."""
         ...
 
 
@@ -197,14 +215,27 @@ class Tally:
         return cls(**{**data, "histograms": histograms, "sets": sets})
 
 
-def run_stages(batch: pa.RecordBatch, stages: Sequence[Stage], tallies: Sequence[Tally]) -> pa.RecordBatch:
-    """Run a batch through stages, each of which sees what the one before it left."""
-    for stage, tally in zip(stages, tallies, strict=True):
-        if not batch.num_rows:
-            break
+class Step(NamedTuple):
+    """A stage of a pass, and the sources whose documents go through it (None: all)."""
+
+    stage: Stage
+    sources: tuple[str, ...] | None = None
+
+    def applies(self, source: str) -> bool:
+        """Whether the documents of a source go through it."""
+        return self.sources is None or source in self.sources
+
+
+def run_steps(batch: pa.RecordBatch, steps: Sequence[Step], source: str, tallies: Sequence[Tally]) -> pa.RecordBatch:
+    """Run documents of one source through the steps, each of which sees what the one before it left.
+
+    A tally counts the documents that pass a step by as well, so that a funnel over all sources adds up.
+    """
+    for step, tally in zip(steps, tallies, strict=True):
         tally.documents_in += batch.num_rows
         tally.bytes_in += text_bytes(batch)
-        batch = stage(batch, tally)
+        if step.applies(source):
+            batch = step.stage(batch, tally)
         tally.documents_out += batch.num_rows
         tally.bytes_out += text_bytes(batch)
     return batch

@@ -83,7 +83,7 @@ def hash_word(word: str) -> int:
 
 
 @njit(nogil=True, cache=True, inline="always")
-def decode(data: np.ndarray, at: int) -> tuple[int, int]:
+def decode(data: np.ndarray, at: int) -> tuple[np.int32, int]:
     """The code point at a byte position of valid UTF-8, and its bytes."""
     first = np.int32(data[at])
     if first < 0x80:

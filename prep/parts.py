@@ -1,0 +1,260 @@
+"""Parts: the unit of work, of resume and of scheduling.
+
+The input is cut into parts of some megabytes of text, each of one source, at places that depend on the input alone. One
+large file becomes many parts, many small files become one. `run_part` takes a part through all steps of a pass, in any
+process of any machine, and leaves under the part's number:
+
+    part-00000.parquet              the documents that stay (or .jsonl.zst)
+    rejected/part-00000.parquet     those that do not, with the reason; malformed rows of the input among them
+    NAME/part-00000.KEY.npy         arrays of the pass's product, such as signatures
+    state/part-00000.json           written last: what the part was made of, and the tallies
+
+A part whose state names the same input and the same steps is done, and is not done again.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import groupby
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import xxhash
+
+from prep.characters import UNICODE_VERSION
+from prep.documents import START, Block, BrokenInput, Columns, Documents, Input, Position, Rejected
+from prep.part_writer import PartWriter
+from prep.sources import read_blocks
+from prep.stages import REASON_COLUMNS, Product, Stage, Step, Tally, run_steps, text_bytes
+from prep.storage import Folder
+
+MIN_PART_BYTES, MAX_PART_BYTES = 4 << 20, 64 << 20
+PARTS_WANTED = 64  # of a small input: enough to keep many workers busy to the end
+ENGINE_VERSION = 1  # raise it when the same steps write other bytes than before
+REJECTED, STATE = "rejected", "state"
+Format = Literal["parquet", "jsonl.zst"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive blocks of one source; `key` tells which bytes of which files they are."""
+
+    number: int
+    source: str
+    blocks: list[Block] = field(repr=False)
+    size: int
+    key: str
+    consumed: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a pass does with each part; picklable.
+
+    Attributes:
+        folder: where everything goes.
+        schema: columns of the documents that are read.
+        steps: stages, in order.
+        product: arrays to compute from the documents that the steps leave.
+        writes: whether documents are written; a pass may be there for its product alone.
+        format: of the documents.
+        removal: makes the first stage of a part from its number (the removal of duplicates knows documents by place).
+    """
+
+    folder: Folder
+    schema: pa.Schema
+    steps: tuple[Step, ...]
+    product: Product | None = None
+    writes: bool = True
+    format: Format = "parquet"
+    removal: Callable[[int], Stage] | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """All that the output of a part depends on, beside the part."""
+        return {
+            "engine": ENGINE_VERSION,
+            "unicode": UNICODE_VERSION,
+            "columns": [[column.name, str(column.type)] for column in self.schema],
+            "steps": [
+                {"stage": step.stage.name, "sources": step.sources, **step.stage.describe()} for step in self.steps
+            ],
+            "product": self.product.describe() if self.product else None,
+            "format": self.format if self.writes else None,
+        }
+
+    def digest(self) -> str:
+        """Hash of `describe`."""
+        return xxhash.xxh3_128_hexdigest(orjson.dumps(self.describe(), option=orjson.OPT_SORT_KEYS))
+
+    def out_schema(self) -> pa.Schema:
+        """Columns of the documents that are written."""
+        return pa.schema([*self.schema, *(column for step in self.steps for column in step.stage.adds)])
+
+
+def part_name(number: int) -> str:
+    """`part-00000`."""
+    return f"part-{number:05d}"
+
+
+def part_bytes(total: int) -> int:
+    """Bytes of text in a part, for an input of so many bytes: a power of two between 4 and 64 MB."""
+    size = MIN_PART_BYTES
+    while size < MAX_PART_BYTES and size * PARTS_WANTED < total:
+        size *= 2
+    return size
+
+
+def cut_parts(inputs: Sequence[Input], columns: Columns, schema: pa.Schema) -> Iterator[Part]:
+    """Cut the inputs into parts, in order."""
+    size = part_bytes(sum(item.size for item in inputs))
+    number, consumed = 0, 0
+    for source, run in groupby(inputs, key=lambda item: item.source):
+        files = list(run)
+        begin = START
+        blocks: list[Block] = []
+        filled = 0
+        for block in read_blocks(files, columns, schema=schema):
+            if blocks and filled + block.size > size:
+                key = _key(files, begin, blocks[-1].end)
+                yield Part(number, source, blocks, filled, key, consumed + blocks[-1].consumed)
+                begin, number, blocks, filled = blocks[-1].end, number + 1, [], 0
+            blocks.append(block)
+            filled += block.size
+        if blocks:
+            key = _key(files, begin, blocks[-1].end)
+            yield Part(number, source, blocks, filled, key, consumed + blocks[-1].consumed)
+            number += 1
+        consumed += sum(item.size for item in files)
+
+
+def run_part(job: Job, digest: str, part: Part) -> dict[str, Any]:
+    """Work through a part and publish what comes out; gives its state."""
+    name = part_name(part.number)
+    steps = ((Step(job.removal(part.number)),) if job.removal else ()) + job.steps
+    tallies = [Tally(step.stage.name) for step in steps]
+    counted = dict.fromkeys(("rows", "documents", "bytes", "empty", "malformed", "kept_documents", "kept_bytes"), 0)
+    broken: list[str] = []
+    arrays: dict[str, list[np.ndarray]] = {}
+    out_schema = job.out_schema()
+    with ExitStack() as files:
+        writer = files.enter_context(PartWriter(job.folder, name, out_schema, job.format)) if job.writes else None
+        rejects = files.enter_context(Rejects(job, name, part.source, out_schema))
+        for documents in _load(part, broken):
+            counted["rows"] += documents.rows
+            counted["empty"] += documents.empty
+            counted["malformed"] += len(documents.rejected)
+            counted["documents"] += documents.batch.num_rows
+            counted["bytes"] += text_bytes(documents.batch)
+            batch = run_steps(documents.batch, steps, part.source, tallies)
+            rejects.take(documents.rejected, tallies)
+            counted["kept_documents"] += batch.num_rows
+            counted["kept_bytes"] += text_bytes(batch)
+            if job.product is not None:
+                for key, array in job.product(batch).items():
+                    arrays.setdefault(key, []).append(array)
+            if writer is not None:
+                writer.write(conform(batch, out_schema))
+    if job.product is not None:
+        save_arrays(job.folder.child(job.product.name), name, arrays)
+    state = {"number": part.number, "source": part.source, "key": part.key, "digest": digest, **counted}
+    state |= {"broken": broken, "tallies": [tally.to_json() for tally in tallies]}
+    job.folder.child(STATE).write(f"{name}.json", orjson.dumps(state))
+    return state
+
+
+def read_state(folder: Folder, number: int) -> dict[str, Any] | None:
+    """The state of a part that was finished, if there is one."""
+    content = folder.child(STATE).read(f"{part_name(number)}.json")
+    if content is None:
+        return None
+    state: dict[str, Any] = orjson.loads(content)
+    return state
+
+
+def save_arrays(folder: Folder, name: str, arrays: dict[str, list[np.ndarray]]) -> None:
+    """Join arrays along their last axis and write `NAME.KEY.npy` for each."""
+    for key, found in arrays.items():
+        content = io.BytesIO()
+        np.save(content, np.concatenate(found, axis=-1))
+        folder.write(f"{name}.{key}.npy", content.getvalue())
+
+
+def conform(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    """The batch with the columns of `schema`, nulls where it lacks one."""
+    if batch.schema.equals(schema):
+        return batch
+    found = {name: batch.column(name) for name in batch.schema.names}
+    columns = [
+        found[column.name].cast(column.type) if column.name in found else pa.nulls(batch.num_rows, column.type)
+        for column in schema
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+class Rejects:
+    """The rejected documents and malformed rows of a part; makes a file only if there are any."""
+
+    def __init__(self, job: Job, name: str, source: str, out_schema: pa.Schema) -> None:
+        self.folder, self.name, self.format, self.source = job.folder.child(REJECTED), name, job.format, source
+        self.schema = pa.schema([*out_schema, *REASON_COLUMNS])
+        self._files = ExitStack()
+        self._writer: PartWriter | None = None
+
+    def __enter__(self) -> Rejects:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._files.__exit__(kind, error, trace)
+        if kind is None and self._writer is None:  # an earlier run with other options may have left one
+            self.folder.remove(f"{self.name}.{self.format}")
+
+    def take(self, malformed: Sequence[Rejected], tallies: Sequence[Tally]) -> None:
+        """Write what a block and the steps that saw it have set aside."""
+        if malformed:
+            self._write(_malformed(malformed, self.source))
+        for tally in tallies:
+            for removed in tally.rejected:
+                self._write(removed)
+            tally.rejected.clear()
+
+    def _write(self, batch: pa.RecordBatch) -> None:
+        if self._writer is None:
+            self._writer = self._files.enter_context(PartWriter(self.folder, self.name, self.schema, self.format))
+        self._writer.write(conform(batch, self.schema))
+
+
+def _load(part: Part, broken: list[str]) -> Iterator[Documents]:
+    for block in part.blocks:
+        if block.broken:
+            broken.append(block.broken)
+        try:
+            yield block.load()
+        except BrokenInput as error:
+            broken.append(str(error))
+
+
+def _malformed(rows: Sequence[Rejected], source: str) -> pa.RecordBatch:
+    columns = {
+        "id": [f"{row.file}:{row.row}" for row in rows],
+        "text": [row.excerpt for row in rows],
+        "source": [source] * len(rows),
+        "stage": ["read"] * len(rows),
+        "rule": ["malformed"] * len(rows),
+        "detail": [f"{row.file}, row {row.row:,}: {row.reason}" for row in rows],
+    }
+    return pa.RecordBatch.from_pydict({name: pa.array(values, pa.string()) for name, values in columns.items()})
+
+
+def _key(files: Sequence[Input], begin: Position, end: Position) -> str:
+    """Which rows of which files: names, sizes and times of change of the files, and the border rows."""
+    touched = files[begin.input : end.input + (end.row > 0)]
+    what = [[item.name, item.size, item.modified] for item in touched]
+    return xxhash.xxh3_128_hexdigest(orjson.dumps([what, begin.row, end.row]))
