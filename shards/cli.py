@@ -44,6 +44,10 @@ def inspect(
     mixture: Mixture,
     seq_len: SeqLen = 2048,
     tokens: Tokens = None,
+    plan_only: Annotated[
+        bool,
+        typer.Option("--plan-only", help="Without the data: sizes are the `tokens` that the file gives."),
+    ] = False,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a page with the picture.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -55,13 +59,18 @@ def inspect(
 
         minigpt-mix inspect mixture.yaml --tokens 5_000_000_000 --html mixture.html
 
+        minigpt-mix inspect configs/data/pretrain/phase1/mixture1.yaml --plan-only
+
     Shares and epochs are exact counts of what a run of this length draws, not estimates; without a length they go up to
     the first source's end. A mixture that would exceed a `max_epochs` is refused with what would fit. Relative paths in
     the file start at the current folder.
+
+    With --plan-only no dataset is opened: epochs and `max_epochs` are counted from the sources' `tokens`, an optional
+    field that is used for nothing else, and are left open where a source has none.
     """
     from shards.describe import page, summarize, tables
 
-    plan = _plan(mixture, seq_len, tokens)
+    plan = _plan(mixture, seq_len, tokens, without_data=plan_only)
     summary = summarize(plan)
     if html is not None:
         html.parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +194,9 @@ def verify(
         sys.exit(1)
 
 
-def _plan(mixture: Path, seq_len: int, tokens: int | None, split: str = "train") -> MixturePlan:
+def _plan(
+    mixture: Path, seq_len: int, tokens: int | None, split: str = "train", without_data: bool = False
+) -> MixturePlan:
     from shards.mixture import MixturePlan, load_mixture
 
     config = load_mixture(mixture)
@@ -193,7 +204,7 @@ def _plan(mixture: Path, seq_len: int, tokens: int | None, split: str = "train")
         if tokens < 1:
             raise UserError(f"--tokens: {tokens} is not a length")
         config = config.model_copy(update={"total_tokens": tokens})
-    return MixturePlan.build(config, seq_len, split=split)
+    return MixturePlan.build(config, seq_len, split=split, without_data=without_data)
 
 
 def _samples(sample: int | None, step: int | None, batch_size: int | None) -> range:

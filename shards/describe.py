@@ -23,8 +23,10 @@ def summarize(plan: MixturePlan) -> dict[str, Any]:
     """What the plan does over its length, ready for JSON.
 
     Shares are fractions of the samples: `share` is asked for, `realised` is exact. `epochs` counts passes over a
-    source's windows up to the end of the phase, or of the run.
+    source's windows up to the end of the phase, or of the run. In a plan without data (`plan_only`) sizes are those
+    that the mixture expects; they and the epochs are null where it does not say.
     """
+    unknown = {source.name for source in plan.config.sources if plan.without_data and source.tokens is None}
     total, length = plan.length(), plan.seq_len
     started = [phase for phase in plan.phases if phase.start < total]
     borders = [phase.start for phase in started] + [total]
@@ -42,7 +44,7 @@ def summarize(plan: MixturePlan) -> dict[str, Any]:
                     "realised": drawn / samples,
                     "samples": drawn,
                     "tokens": drawn * length,
-                    "epochs": counts[number + 1][index] / source.windows,
+                    "epochs": None if source.name in unknown else counts[number + 1][index] / source.windows,
                 }
             )
         phases.append(
@@ -62,27 +64,28 @@ def summarize(plan: MixturePlan) -> dict[str, Any]:
             {
                 "name": source.name,
                 "path": str(source.dataset.path),
-                "tokens": source.dataset.tokens,
-                "documents": source.dataset.documents,
-                "windows": source.windows,
+                "tokens": None if source.name in unknown else source.dataset.tokens,
+                "documents": None if plan.without_data else source.dataset.documents,
+                "windows": None if source.name in unknown else source.windows,
                 "weight": given.weight,
                 "share": sum(p["samples"] * p["sources"][index]["share"] for p in phases) / total,
                 "realised": drawn / total,
                 "samples": drawn,
                 "tokens_drawn": drawn * length,
-                "epochs": drawn / source.windows,
+                "epochs": None if source.name in unknown else drawn / source.windows,
                 "max_epochs": given.max_epochs,
             }
         )
     return {
         "name": plan.config.name,
+        "plan_only": plan.without_data,
         "seed": plan.config.seed,
         "seq_len": length,
         "total_samples": total,
         "total_tokens": total * length,
         "total_is": "given" if plan.total_samples is not None else "the first source's end",
-        "vocab_size": plan.vocab_size,
-        "tokenizer_hash": plan.tokenizer_hash,
+        "vocab_size": None if plan.without_data else plan.vocab_size,
+        "tokenizer_hash": None if plan.without_data else plan.tokenizer_hash,
         "sources": sources,
         "phases": phases,
         "warnings": _warnings(plan, total, sources),
@@ -91,7 +94,14 @@ def summarize(plan: MixturePlan) -> dict[str, Any]:
 
 def _warnings(plan: MixturePlan, total: int, sources: list[dict[str, Any]]) -> list[str]:
     lines = []
-    often = [f"'{source['name']}' {source['epochs']:.1f} times" for source in sources if source["epochs"] > GOOD_EPOCHS]
+    unknown = [f"'{source['name']}'" for source in sources if source["epochs"] is None]
+    if unknown:
+        lines.append(f"of unknown size: {', '.join(unknown)}; give `tokens` to count their epochs and check max_epochs")
+    often = [
+        f"'{source['name']}' {source['epochs']:.1f} times"
+        for source in sources
+        if source["epochs"] is not None and source["epochs"] > GOOD_EPOCHS
+    ]
     if often:
         lines.append(
             f"read {', '.join(often)}: beyond {GOOD_EPOCHS} epochs repeated tokens are worth less and less "
@@ -117,8 +127,10 @@ def _warnings(plan: MixturePlan, total: int, sources: list[dict[str, Any]]) -> l
     return lines
 
 
-def amount(number: float) -> str:
-    """A count in three digits: 9.00 K, 12.3 M, 2.00 T; whole numbers below 1,000."""
+def amount(number: float | None) -> str:
+    """A count in three digits: 9.00 K, 12.3 M, 2.00 T; whole numbers below 1,000; a dash where it is not known."""
+    if number is None:
+        return "–"
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if number >= 0.9995 * size:
             scaled = number / size
@@ -130,9 +142,8 @@ def tables(summary: dict[str, Any]) -> list[Text | Table]:
     """A title and a table for the sources over the whole run and, where there are several, for each phase."""
     total = f"{amount(summary['total_tokens'])} tokens = {summary['total_samples']:,} windows of {summary['seq_len']:,}"
     end = "" if summary["total_is"] == "given" else f" (up to {summary['total_is']})"
-    whole = _table(
-        ["source", "tokens", "windows", "weight", "asked", "realised", "drawn", "epochs", "max"],
-    )
+    size = "expected" if summary["plan_only"] else "tokens"
+    whole = _table(["source", size, "windows", "weight", "asked", "realised", "drawn", "epochs", "max"])
     for source in summary["sources"]:
         whole.add_row(
             source["name"],
@@ -142,11 +153,13 @@ def tables(summary: dict[str, Any]) -> list[Text | Table]:
             f"{source['share']:.3%}",
             f"{source['realised']:.3%}",
             amount(source["tokens_drawn"]),
-            f"[yellow]{source['epochs']:.2f}[/]" if source["epochs"] > GOOD_EPOCHS else f"{source['epochs']:.2f}",
+            _epochs(source["epochs"]),
             "–" if source["max_epochs"] is None else f"{source['max_epochs']:g}",
         )
     title = f"{summary['name']}: {total}{end}, seed {summary['seed']}"
     result: list[Text | Table] = [Text(title, style="bold"), whole]
+    if summary["plan_only"]:
+        result.insert(1, Text("plan without data: no dataset was opened, sizes are the ones the file expects"))
     for number, phase in enumerate(summary["phases"] if len(summary["phases"]) > 1 else []):
         title = (
             f"phase {number}: {amount(phase['tokens'])} tokens from {amount(phase['from_tokens'])} on "
@@ -159,10 +172,16 @@ def tables(summary: dict[str, Any]) -> list[Text | Table]:
                 f"{source['share']:.3%}",
                 f"{source['realised']:.3%}",
                 amount(source["tokens"]),
-                f"{source['epochs']:.2f}",
+                _epochs(source["epochs"]),
             )
         result += [Text(title, style="bold"), table]
     return result
+
+
+def _epochs(number: float | None) -> str:
+    if number is None:
+        return "–"
+    return f"[yellow]{number:.2f}[/]" if number > GOOD_EPOCHS else f"{number:.2f}"
 
 
 def _table(columns: list[str]) -> Table:
@@ -236,7 +255,8 @@ def page(summary: dict[str, Any]) -> str:
         loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["amount"] = amount
-    widest = max([source["epochs"] for source in summary["sources"]] + [1.0])
+    environment.filters["epochs"] = lambda number: "–" if number is None else f"{number:.2f}"
+    widest = max([source["epochs"] or 0.0 for source in summary["sources"]] + [1.0])
     return environment.get_template("inspect.html").render(
         **summary, widest=max(1.2, 1.05 * widest), good_epochs=GOOD_EPOCHS
     )

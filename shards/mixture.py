@@ -31,7 +31,15 @@ from shards.phases import load_mixture as load_mixture
 from shards.reader import TokenDataset
 from shards.settings import expand_variables
 
+UNKNOWN_WINDOWS = 2**40  # of a source of unknown size in a plan without data: more than any run draws
 ORDER_VERSION = 1  # part of every plan's past: raise it when the arithmetic of the order changes
+
+
+class ExpectedDataset(TokenDataset):
+    """Stands in for a dataset that is not there yet: a size to plan with, nothing to read."""
+
+    def __init__(self, path: Path, tokens: int) -> None:
+        self.path, self.tokens = path, tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +71,7 @@ class MixturePlan:
     total_samples: int | None
     sources: tuple[Source, ...]
     phases: tuple[Phase, ...]
+    without_data: bool = False
 
     @classmethod
     def build(
@@ -73,6 +82,7 @@ class MixturePlan:
         total_samples: int | None = None,
         split: str | None = None,
         base: Path | None = None,
+        without_data: bool = False,
     ) -> MixturePlan:
         """Open the datasets and resolve weights and phases.
 
@@ -83,10 +93,12 @@ class MixturePlan:
             split: None or "train": the datasets; "val": their `val/` parts with the first weights, where total,
                 phases and max_epochs, which belong to training, do not count.
             base: folder that relative paths start from (default: the current one).
+            without_data: open nothing and take the sizes from the sources' `tokens`: a plan to look at, which counts as
+                any other does but cannot be read. A source without `tokens` never ends, and no `max_epochs` stops it.
 
         Raises:
             UserError: no usable dataset at a path, different tokenizers, a source shorter than two windows, weights or
-                phases that cannot be met, `max_epochs` exceeded.
+                phases that cannot be met, `max_epochs` exceeded, neither a length nor sizes for a plan without data.
         """
         if seq_len < 1:
             raise UserError(f"mixture '{config.name}': seq_len must be at least 1, found {seq_len}")
@@ -103,14 +115,16 @@ class MixturePlan:
                     f"one window of {seq_len:,} tokens"
                 )
         phases = resolve_phases(config, seq_len, total_samples)
-        sources = tuple(_open_source(config, source, seq_len, split, base) for source in config.sources)
-        for source in sources[1:]:
+        if without_data:
+            _check_length_is_known(config, total_samples)
+        sources = tuple(_open_source(config, source, seq_len, split, base, without_data) for source in config.sources)
+        for source in () if without_data else sources[1:]:
             if source.dataset.manifest.tokenizer_hash != sources[0].dataset.manifest.tokenizer_hash:
                 raise UserError(
                     f"mixture '{config.name}': '{sources[0].name}' ({sources[0].dataset.path}) and '{source.name}' "
                     f"({source.dataset.path}) were made with different tokenizers; tokenize one of them again"
                 )
-        plan = cls(config, seq_len, total_samples, sources, phases)
+        plan = cls(config, seq_len, total_samples, sources, phases, without_data)
         if total_samples is not None:
             _check_epochs(plan, total_samples)
         return plan
@@ -213,13 +227,26 @@ def _key(*parts: object) -> int:
     return xxhash.xxh3_64_intdigest(json.dumps(parts).encode())
 
 
+def _check_length_is_known(config: MixtureConfig, total_samples: int | None) -> None:
+    unknown = [f"'{source.name}'" for source in config.sources if source.tokens is None]
+    if total_samples is None and unknown:
+        raise UserError(
+            f"mixture '{config.name}': a plan without data needs a length, or the size of every source where it ends: "
+            f"set total_tokens (or --tokens), or give `tokens` to {', '.join(unknown)}"
+        )
+
+
 def _open_source(
-    config: MixtureConfig, source: SourceConfig, seq_len: int, split: str | None, base: Path | None
+    config: MixtureConfig, source: SourceConfig, seq_len: int, split: str | None, base: Path | None, without_data: bool
 ) -> Source:
     where = f"mixture '{config.name}': source '{source.name}'"
     path = (base or Path()) / expand_variables(source.path, where)
+    dataset: TokenDataset
     try:
-        dataset = TokenDataset(path / "val" if split == "val" else path)
+        if without_data:
+            dataset = ExpectedDataset(path, source.tokens or (UNKNOWN_WINDOWS + 1) * seq_len)
+        else:
+            dataset = TokenDataset(path / "val" if split == "val" else path)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     windows = dataset.tokens // seq_len - 1

@@ -24,12 +24,22 @@ MIN_BLOCK = 64  # samples; the quotas of much shorter blocks would show as a rhy
 
 
 class SourceConfig(Settings):
-    """One line of `sources`: a dataset directory and how much of it to draw."""
+    """One line of `sources`: a dataset directory and how much of it to draw.
+
+    Attributes:
+        name: unique; the source's order depends on it.
+        path: the dataset's folder, may hold `${VAR:-default}`.
+        weight: relative share of the samples; none: the source enters with a phase.
+        max_epochs: the plan is refused where it reads the source more often.
+        tokens: how many tokens the dataset is expected to hold. Only a plan without data (`minigpt-mix inspect
+            --plan-only`) uses it, to count epochs; where the data is there, its own size counts and this is not read.
+    """
 
     name: str = Field(min_length=1)
     path: str
     weight: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     max_epochs: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    tokens: int | None = Field(default=None, gt=0)
 
 
 class PhaseConfig(Settings):

@@ -116,6 +116,30 @@ def test_inspect_names_phases_that_never_begin(folder):
     assert any("never drawn: 'late'" in warning for warning in summary["warnings"])
 
 
+def test_inspect_without_the_data(folder, tmp_path):
+    yaml = YAML.replace('data}/web"', 'data}/web", tokens: 30_000').replace('data}/math"', 'data}/math", tokens: 1_000')
+    (tmp_path / "mix.yaml").write_text(yaml)
+    error = mix(tmp_path, "inspect", "mix.yaml", "--seq-len", 64, status=2).stderr
+    assert "source 'web': data/web" in error
+    text = mix(tmp_path, "inspect", "mix.yaml", "--seq-len", 64, "--plan-only", "--html", "plan.html").stdout
+    assert "plan without data: no dataset was opened" in text
+    rows = [line.split() for line in text.split("phase 0")[0].splitlines()]
+    assert rows[5][-2:] == ["7.36", "50"]  # math, as with the data
+    assert rows[6][:4] == ["late", "–", "–", "–"]
+    assert "warning: of unknown size: 'late'" in text
+    assert "Plan without data:" in (tmp_path / "plan.html").read_text()
+    found = json.loads(mix(tmp_path, "inspect", "mix.yaml", "--seq-len", 64, "--plan-only", "--json").stdout)
+    with_data = json.loads(mix(folder, "inspect", "mix.yaml", "--seq-len", 64, "--json").stdout)
+    assert found["plan_only"]
+    for a, b in zip(found["sources"], with_data["sources"], strict=True):
+        assert all(a[key] == b[key] for key in ("share", "realised", "samples", "tokens_drawn"))
+        assert a["epochs"] == (None if a["name"] == "late" else b["epochs"])
+    strict = yaml.replace("50}", "2}")
+    (tmp_path / "strict.yaml").write_text(strict)
+    error = mix(tmp_path, "inspect", "strict.yaml", "--seq-len", 64, "--plan-only", status=2).stderr
+    assert "'math': max_epochs 2 allows 28 windows" in error
+
+
 class _Page(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
