@@ -12,6 +12,7 @@ from rich.text import Text
 
 from shards.errors import UserError
 from shards.mixture import MixturePlan
+from shards.pages import render_page
 from shards.phases import WEIGHT_SUM
 
 # Up to 4 epochs, repeated tokens are worth nearly as much as new ones; then their value decays
@@ -248,15 +249,7 @@ def decode(plan: MixturePlan, explained: dict[str, Any]) -> list[str]:
 
 def page(summary: dict[str, Any]) -> str:
     """The summary as one self-contained HTML page with pictures of shares and epochs."""
-    import jinja2
-
-    folder = Path(__file__).parent
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["amount"] = amount
-    environment.filters["epochs"] = lambda number: "–" if number is None else f"{number:.2f}"
     widest = max([source["epochs"] or 0.0 for source in summary["sources"]] + [1.0])
-    return environment.get_template("inspect.html").render(
-        **summary, widest=max(1.2, 1.05 * widest), good_epochs=GOOD_EPOCHS
-    )
+    values = summary | {"widest": max(1.2, 1.05 * widest), "good_epochs": GOOD_EPOCHS}
+    filters = {"amount": amount, "epochs": lambda number: "–" if number is None else f"{number:.2f}"}
+    return render_page(Path(__file__).parent / "inspect.html", values, filters)
