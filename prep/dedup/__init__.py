@@ -1,0 +1,1 @@
+"""Deduplication: exact copies, near-duplicates (MinHash LSH with verification), repeated paragraphs and lines."""
