@@ -9,6 +9,11 @@ from shards.errors import UserError, run_command, unknown_name
 
 BENCHMARKS = {  # name: module and what it measures
     "loader": ("tools.bench.loader", "window loader against nanoGPT's get_batch, opening a trillion tokens"),
+    "filter": ("tools.bench.filter_speed", "each filter against datatrove's"),
+    "filter-decisions": ("tools.bench.filter_decisions", "documents that datatrove's filters judge differently"),
+    "dedup": ("tools.bench.dedup_speed", "MinHash deduplication against datasketch, rensa and datatrove"),
+    "language": ("tools.bench.language_table", "language identification: accuracy and speed by language and length"),
+    "prep": ("tools.bench.prep_speed", "JSONL to clean, deduplicated shards against datatrove; peak memory"),
     "tokenize": ("tools.bench.tokenize_speed", "JSONL to shards against a pool of `tokenizers`"),
     "train-step": ("tools.bench.train_step", "training step against the machine's own matrix-product rate"),
 }
@@ -19,7 +24,7 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(__doc__)
         for name, (_, summary) in BENCHMARKS.items():
-            print(f"  {name:<12}{summary}")
+            print(f"  {name:<18}{summary}")
         return
     name = sys.argv.pop(1)
     if name not in BENCHMARKS:
