@@ -1,0 +1,277 @@
+"""An index of n-grams of words, and the search for them in batches of documents.
+
+The n-grams of all items become 64-bit keys, from prefix hashes over the words' own hashes (of the lower-cased word):
+
+    key(i, n) = mix(P[i + n] - P[i] B^n),   P[i + 1] = P[i] B + hash(word i)    (mod 2^64)
+
+Where an n-gram of the items begins in a document, so do its first words, as many as the shortest of all n-grams has.
+The key of these is looked up in a bit table first (one bit in sixteen or less is set, so nearly all places end there);
+then the keys of all lengths in the sorted keys of the items, by their top bits. What matches is compared word for word:
+no accident of hashing counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numba import njit
+
+from prep.characters import WORD, lower
+from prep.words import Words, split_words, text_buffers
+
+ITEMS_PER_GRAM = 10  # of the items that share an n-gram, so many are told; the document is hit all the same
+BASE = 0x9E3779B97F4A7C15
+_WORD = np.uint8(WORD)
+_BASE, _MIX, _HALF, _ONE, _SIX, _LOW = (np.uint64(n) for n in (BASE, 0xD6E8FEB86659FD93, 32, 1, 6, 63))
+
+
+class Match(NamedTuple):
+    """A run of words of a document that is in an item: bytes [start, stop) of its text."""
+
+    start: int
+    stop: int
+    item: int
+
+
+@dataclass(frozen=True)
+class Index:
+    """The n-grams of items, as entries: entry e stands for the `length[e]` words of `item[e]` from word `place[e]` on.
+
+    Attributes:
+        short: bool [items], those with too few words, which have no entries.
+        data: text of the items; word w of them all is data[start[w]:stop[w]].
+        keys: of the entries, sorted, uint64.
+        directory: the entries whose keys begin with the bits b are directory[b]:directory[b + 1].
+        lengths: the lengths that entries have, rising.
+        sieve: bits of uint64; set are those that the keys of the entries' first `lengths[0]` words begin with.
+    """
+
+    short: np.ndarray
+    data: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+    keys: np.ndarray
+    item: np.ndarray
+    place: np.ndarray
+    length: np.ndarray
+    directory: np.ndarray
+    lengths: np.ndarray
+    sieve: np.ndarray
+
+    def search(self, texts: pa.Array) -> dict[int, list[Match]]:
+        """All matches, by document, in the order of the text.
+
+        A match is one n-gram of one item; where several items share it, there is a match for each of the first ten.
+        """
+        if not len(self.keys):
+            return {}
+        data, borders = text_buffers(texts)
+        tokens = split_words(texts)
+        offsets, token, words = _only_words(tokens)
+        table = (self.lengths, _powers(self.lengths), self.sieve, self.directory)
+        capacity = 1024
+        while True:
+            document, place, entry = (np.empty(capacity, np.int64) for _ in range(3))
+            n = _search(offsets, words, *table, self.keys, self.length, document, place, entry)
+            if n >= 0:
+                break
+            capacity *= 8
+        if n == 0:
+            return {}
+        document, place, entry = document[:n], place[:n], entry[:n]
+        start, stop = tokens.start[token], tokens.stop[token]
+        same = self._same_words(data, start, stop, place, entry)
+        document, place, entry = document[same], place[same], entry[same]
+        found: dict[int, list[Match]] = {}
+        for row in np.lexsort((self.item[entry], place, document)):
+            number, first = int(document[row]), int(place[row])
+            last = first + int(self.length[entry[row]]) - 1
+            begin = int(borders[number])
+            match = Match(int(start[first]) - begin, int(stop[last]) - begin, int(self.item[entry[row]]))
+            found.setdefault(number, []).append(match)
+        return found
+
+    def _same_words(
+        self, data: np.ndarray, start: np.ndarray, stop: np.ndarray, place: np.ndarray, entry: np.ndarray
+    ) -> np.ndarray:
+        """Which candidates agree in every word; pairs of words that several of them share are compared once."""
+        steps = np.arange(int(self.length[entry].max()))
+        used = steps < self.length[entry][:, None]
+        here = (place[:, None] + steps)[used]
+        there = (self.place[entry][:, None] + steps)[used]
+        pairs, back = np.unique(np.stack([here, there]), axis=1, return_inverse=True)
+        same = [
+            _lower_case(data[start[a] : stop[a]].tobytes())
+            == _lower_case(self.data[self.start[b] : self.stop[b]].tobytes())
+            for a, b in pairs.T.tolist()
+        ]
+        agree = np.ones(used.shape, bool)
+        agree[used] = np.array(same)[back.ravel()]
+        return np.all(agree, axis=1)
+
+
+def build_index(items: Sequence[str], ngram: int, min_words: int) -> Index:
+    """Index the n-grams of items; an item with fewer words is one entry, one with fewer than `min_words` is none."""
+    texts = pa.array(items, pa.large_string())
+    data, _ = text_buffers(texts)
+    tokens = split_words(texts)
+    offsets, token, words = _only_words(tokens)
+    sizes = np.diff(offsets)
+    keys, heads = np.empty(len(words), np.uint64), np.empty(len(words), np.uint64)
+    item, place = np.empty(len(words), np.int32), np.empty(len(words), np.int64)
+    lengths = np.unique(sizes[sizes >= min_words].clip(max=ngram))
+    head = int(lengths.min(initial=ngram))
+    n = _grams(offsets, words, ngram, min_words, head, _powers(np.arange(ngram + 1)), keys, heads, item, place)
+    sieve = np.zeros(2 ** min(28, max(6, n.bit_length() + 4)) // 64, np.uint64)
+    beginnings = heads[:n] >> np.uint64(64 - _bits(64 * len(sieve)))
+    np.bitwise_or.at(sieve, beginnings >> _SIX, _ONE << (beginnings & _LOW))
+    order = np.lexsort((place[:n], item[:n], keys[:n]))
+    keys, item, place = keys[order], item[order], place[order]
+    again = (keys[1:] == keys[:-1]) & (item[1:] == item[:-1])  # an item may repeat itself
+    once = np.append(np.ones(min(n, 1), bool), ~again)
+    keys, item, place = keys[once], item[once], place[once]
+    rank = np.arange(len(keys)) - np.searchsorted(keys, keys)  # among those of the same key
+    keys, item, place = (array[rank < ITEMS_PER_GRAM] for array in (keys, item, place))
+    bits = max(1, len(keys).bit_length())
+    directory = np.searchsorted(keys >> np.uint64(64 - bits), np.arange(2**bits + 1, dtype=np.uint64)).astype(np.int32)
+    length = np.minimum(sizes, ngram).astype(np.int16)[item]
+    where = (sizes < min_words, data, tokens.start[token], tokens.stop[token])
+    return Index(*where, keys, item, place, length, directory, lengths.astype(np.int64), sieve)
+
+
+def _powers(lengths: np.ndarray) -> np.ndarray:
+    return np.array([pow(BASE, length, 2**64) for length in lengths.tolist()], np.uint64)
+
+
+@lru_cache(maxsize=1 << 16)
+def _lower_case(word: bytes) -> str:
+    text = word.decode()
+    return text.lower() if text.isascii() else "".join(chr(lower()[ord(letter)]) for letter in text)
+
+
+def _only_words(tokens: Words) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The words of a batch without its symbols: offsets [documents + 1], which tokens they are, and their hashes."""
+    token, words = np.empty(len(tokens.kind), np.int32), np.empty(len(tokens.kind), np.uint64)
+    offsets = np.zeros(len(tokens.offsets), np.int64)
+    n = _keep_words(tokens.offsets, tokens.kind, tokens.lower, offsets, token, words)
+    return offsets, token[:n], words[:n]
+
+
+@njit(nogil=True, cache=True)
+def _keep_words(
+    borders: np.ndarray, kind: np.ndarray, lower: np.ndarray, offsets: np.ndarray, token: np.ndarray, words: np.ndarray
+) -> int:
+    """Fill offsets, tokens and hashes of the words; returns their number."""
+    n = 0
+    for number in range(len(borders) - 1):
+        for at in range(borders[number], borders[number + 1]):
+            token[n] = at  # kept only if it is a word: without a branch
+            words[n] = lower[at]
+            n += (kind[at] & _WORD) != 0
+        offsets[number + 1] = n
+    return n
+
+
+@njit(nogil=True, cache=True)
+def _bits(size: int) -> int:
+    """The bits that number a table of that many places, a power of two."""
+    bits = 0
+    while 1 << bits < size:
+        bits += 1
+    return bits
+
+
+@njit(nogil=True, cache=True, inline="always")
+def _key(prefixes: np.ndarray, at: int, length: int, power: np.uint64) -> np.uint64:
+    key = prefixes[at + length] - prefixes[at] * power
+    key = (key ^ (key >> _HALF)) * _MIX
+    return key ^ (key >> _HALF)
+
+
+@njit(nogil=True, cache=True)
+def _prefixes(words: np.ndarray, begin: int, end: int, prefixes: np.ndarray) -> None:
+    prefixes[0] = 0
+    for at in range(end - begin):
+        prefixes[at + 1] = prefixes[at] * _BASE + words[begin + at]
+
+
+@njit(nogil=True, cache=True)
+def _grams(
+    offsets: np.ndarray,
+    words: np.ndarray,
+    ngram: int,
+    min_words: int,
+    head: int,
+    powers: np.ndarray,
+    keys: np.ndarray,
+    heads: np.ndarray,
+    item: np.ndarray,
+    place: np.ndarray,
+) -> int:
+    """Fill keys, keys of the first `head` words, items and places of the n-grams; returns their number."""
+    prefixes = np.empty(np.max(np.diff(offsets)) + 1, np.uint64)
+    n = 0
+    for number in range(len(offsets) - 1):
+        begin, end = offsets[number], offsets[number + 1]
+        if end - begin < min_words:
+            continue
+        _prefixes(words, begin, end, prefixes)
+        length = min(ngram, end - begin)
+        for at in range(end - begin - length + 1):
+            keys[n] = _key(prefixes, at, length, powers[length])
+            heads[n] = _key(prefixes, at, head, powers[head])
+            item[n] = number
+            place[n] = begin + at
+            n += 1
+    return n
+
+
+@njit(nogil=True, cache=True)
+def _search(
+    offsets: np.ndarray,
+    words: np.ndarray,
+    lengths: np.ndarray,
+    powers: np.ndarray,
+    sieve: np.ndarray,
+    directory: np.ndarray,
+    keys: np.ndarray,
+    size: np.ndarray,
+    document: np.ndarray,
+    place: np.ndarray,
+    entry: np.ndarray,
+) -> int:
+    """Fill documents, places and entries of all equal keys; their number, or -1 if they do not fit."""
+    sieve_shift, directory_shift = np.uint64(64 - _bits(64 * len(sieve))), np.uint64(64 - _bits(len(directory) - 1))
+    head = lengths[0]
+    longest = 0
+    for number in range(len(offsets) - 1):
+        longest = max(longest, offsets[number + 1] - offsets[number])
+    prefixes = np.empty(longest + 1, np.uint64)
+    n = 0
+    for number in range(len(offsets) - 1):
+        begin, count = offsets[number], offsets[number + 1] - offsets[number]
+        _prefixes(words, begin, begin + count, prefixes)
+        for at in range(count - head + 1):
+            bit = _key(prefixes, at, head, powers[0]) >> sieve_shift
+            if not (sieve[bit >> _SIX] >> (bit & _LOW)) & _ONE:
+                continue
+            for which in range(len(lengths)):
+                length = lengths[which]
+                if at + length > count:
+                    break
+                key = _key(prefixes, at, length, powers[which])
+                top = key >> directory_shift
+                for candidate in range(directory[top], directory[top + _ONE]):
+                    if keys[candidate] == key and size[candidate] == length:
+                        if n == len(document):
+                            return -1
+                        document[n] = number
+                        place[n] = begin + at
+                        entry[n] = candidate
+                        n += 1
+    return n
