@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 WIDTH, HEIGHT = 380, 182
-LEFT, RIGHT, TOP, BOTTOM = 40.0, 370.0, 32.0, 154.0
-CHARACTER = 6.2  # width of one at the font size of the pictures, roughly
+LEFT, RIGHT, TOP, BOTTOM = 46.0, 370.0, 32.0, 154.0
+CHARACTER = 7.0  # width of one at the font size of the pictures, roughly
 HEIGHT_TICKS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 
 
@@ -37,8 +37,9 @@ def histogram_picture(histogram: Mapping[str, Any], names: tuple[str, str] = ("m
         names: what the lower and upper threshold are called.
 
     Returns:
-        `bars`, `shades`, `thresholds`, `x_ticks`, `y_ticks`, and `outside`: the share of the documents beyond the
-        thresholds, or None without any (a bin that a threshold cuts is shared out evenly).
+        `bars`, `shades`, `thresholds`, `x_ticks`, `y_ticks`, `crop` (empty height above), `documents`, and `outside`:
+        the share of the documents beyond the thresholds, or None without any (a bin that a threshold cuts is shared
+        out evenly).
     """
     unit, low, high = histogram["unit"], _number(histogram["low"]), _number(histogram["high"])
     total = sum(histogram["counts"])
@@ -79,6 +80,7 @@ def histogram_picture(histogram: Mapping[str, Any], names: tuple[str, str] = ("m
             bars.append({"x": begin, "width": finish - begin - gap, "y": BOTTOM - tall, "height": tall} | {
                 "removed": removed, "note": note
             })  # fmt: skip
+    lines = _thresholds(texts, [place(limit) for limit in limits])
     shades = []
     if low is not None and place(low) > LEFT:
         shades.append({"x": LEFT, "width": place(low) - LEFT})
@@ -87,11 +89,12 @@ def histogram_picture(histogram: Mapping[str, Any], names: tuple[str, str] = ("m
     return {
         "bars": bars,
         "shades": shades,
-        "thresholds": _thresholds(texts, [place(limit) for limit in limits]),
+        "thresholds": lines,
         "x_ticks": _x_ticks(first, last, unit, place),
         "y_ticks": _y_ticks(top, height),
         "outside": outside if limits else None,
         "documents": total,
+        "crop": TOP - 8 if not limits else 13 if all(line["text_y"] > TOP - 10 for line in lines) else 0,
     }
 
 
@@ -162,10 +165,10 @@ def _x_ticks(first: float, last: float, unit: str, place: Any) -> list[dict[str,
     if unit == "count":
         digits = (1, 2, 5) if math.log10((last + 1) / (first + 1)) < 2 else (1,)
         values = [0.0] + [float(digit * 10**power) for power in range(13) for digit in digits]
-        if math.log10((last + 1) / (first + 1)) < 0.6:
-            values = _even(first, last)
+        if math.log10((last + 1) / (first + 1)) < 1:
+            values = _even(first, last, 8)
     else:
-        values = _even(first, last)
+        values = _even(first, last, 5)
     ticks: list[dict[str, Any]] = []
     for value in values:
         if not first - 1e-9 <= value <= last + 1e-9:
@@ -178,12 +181,12 @@ def _x_ticks(first: float, last: float, unit: str, place: Any) -> list[dict[str,
     return ticks
 
 
-def _even(first: float, last: float) -> list[float]:
-    """Round numbers, about five of them."""
-    raw = (last - first) / 5
+def _even(first: float, last: float, number: int) -> list[float]:
+    """Round numbers, about so many."""
+    raw = (last - first) / number
     size = 10.0 ** math.floor(math.log10(raw))
     step = next(size * digit for digit in (1, 2, 2.5, 5, 10) if size * digit >= raw - 1e-12)
-    return [round(number * step, 10) for number in range(math.ceil(first / step - 1e-9), int(last / step + 1e-9) + 1)]
+    return [round(place * step, 10) for place in range(math.ceil(first / step - 1e-9), int(last / step + 1e-9) + 1)]
 
 
 def _y_ticks(top: float, height: Any) -> list[dict[str, Any]]:
