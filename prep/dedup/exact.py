@@ -71,8 +71,8 @@ def _normalise(
     data: np.ndarray, offsets: np.ndarray, table: np.ndarray, small: np.ndarray, out: np.ndarray, ends: np.ndarray
 ) -> None:
     ascii = np.empty(128, np.uint8)
-    for code in range(128):
-        ascii[code] = _BLANK if table[code] & _SPACE else small[code]
+    for byte in range(128):
+        ascii[byte] = _BLANK if table[byte] & _SPACE else small[byte]
     n = 0
     for document in range(len(offsets) - 1):
         begin, at, end = n, offsets[document], offsets[document + 1]

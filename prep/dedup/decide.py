@@ -1,0 +1,341 @@
+"""Between the passes: from the arrays of all parts to the documents that go.
+
+    digests  -> exact copies                                  in memory, 16 bytes per document
+    keys     -> edges, one band at a time, bands as tasks     scratch/edges/band-00.npy
+    edges    -> candidates                                    scratch/candidates/part-N.npy: rows of each part
+                (a pass over the parts that hold any makes their shingles)
+    shingles -> verified duplicates                           a memory map
+             -> decisions                                     scratch/decisions/part-N.parquet, duplicates.parquet
+
+Documents are numbered through all parts in order, those of the reference first.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet
+
+from prep.dedup.arrays import load_array, part_stem, read_row, save_array
+from prep.dedup.clusters import (
+    NOBODY,
+    Duplicates,
+    candidates,
+    cluster_sizes,
+    find_edges,
+    make_ranks,
+    merge_edges,
+    resolve,
+    settle,
+)
+from prep.dedup.exact import find_copies
+from prep.dedup.passes import DECISIONS
+from prep.dedup.settings import GUARD_DOCUMENTS, Settings
+from prep.executors import Executor
+from prep.stages import BINS
+from prep.storage import Folder
+from shards.errors import UserError
+
+RANKS, EDGES, DECIDED = "ranks.npy", "edges", "decisions"
+CANDIDATES, REFERENCE_CANDIDATES = "candidates", "reference-candidates"
+AUDIT = "duplicates.parquet"
+AUDIT_COLUMNS = pa.schema(
+    [
+        ("id", pa.string()),
+        ("source", pa.string()),
+        ("keeper", pa.string()),
+        ("keeper_source", pa.string()),
+        ("similarity", pa.float64()),
+        ("method", pa.string()),
+        ("cluster_size", pa.int64()),
+    ]
+)
+
+
+class PartArrays(NamedTuple):
+    """A part of pass 1: the folder of its arrays, its number there, its source, and how many documents it left."""
+
+    folder: Folder
+    number: int
+    source: str
+    documents: int
+
+    def load(self, key: str) -> np.ndarray:
+        """One of its arrays."""
+        return load_array(self.folder, f"{part_stem(self.number)}.{key}.npy")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """All parts of pass 1, in order: first those of the reference, `reference` of them, then those to deduplicate."""
+
+    parts: tuple[PartArrays, ...]
+    reference: int = 0
+
+    def starts(self) -> np.ndarray:
+        """Number of the first document of each part, and of all; int64 [parts + 1]."""
+        return np.cumsum([0, *(part.documents for part in self.parts)])
+
+    def reference_documents(self) -> int:
+        """How many documents the reference has."""
+        return sum(part.documents for part in self.parts[: self.reference])
+
+    def load(self, key: str, *, dtype: type, rows: int | None = None) -> np.ndarray:
+        """An array of all documents: [n], or [rows, n]."""
+        starts = self.starts()
+        found = np.empty(starts[-1] if rows is None else (rows, starts[-1]), dtype)
+        for part, (begin, end) in zip(self.parts, pairwise(starts), strict=True):
+            if part.documents:
+                found[..., begin:end] = part.load(key)
+        return found
+
+
+@dataclass(frozen=True)
+class Band:
+    """A task: the edges of one band."""
+
+    corpus: Corpus
+    scratch: Folder
+    number: int
+
+
+class Found(NamedTuple):
+    """What the decisions were: for the report and the audit table."""
+
+    duplicates: Duplicates
+    copies: np.ndarray
+    candidates: int
+    verified: int
+
+
+def find_exact(corpus: Corpus, settings: Settings, scratch: Folder) -> tuple[np.ndarray, np.ndarray]:
+    """Exact copies; writes the ranks of the documents that are none for the bands.
+
+    Returns:
+        keeper among exact copies, int64 [n], itself for a document that is none and for the reference; ranks, uint32.
+    """
+    reference = corpus.reference_documents()
+    best = None if settings.keep == "first" else corpus.load("best", dtype=np.float64)
+    ranks = make_ranks(int(corpus.starts()[-1]), best=best, reference=reference)
+    copies = find_copies(corpus.load("digests", dtype=np.uint64, rows=2), ranks)
+    if settings.method == "minhash":
+        save_array(scratch, RANKS, np.where(copies == np.arange(len(copies)), ranks, NOBODY))
+    copies[:reference] = np.arange(reference)
+    return copies, ranks
+
+
+def find_band(band: Band) -> int:
+    """Find and write the edges of a band, unless they are there; how many there are. Runs on any worker."""
+    folder, name = band.scratch.child(EDGES), f"band-{band.number:02d}.npy"
+    if folder.exists(name):
+        return len(load_array(folder, name))
+    keys = np.empty(band.corpus.starts()[-1], np.uint64)
+    for part, (begin, end) in zip(band.corpus.parts, pairwise(band.corpus.starts()), strict=True):
+        if part.documents:
+            keys[begin:end] = read_row(part.folder, f"{part_stem(part.number)}.keys.npy", band.number)
+    edges = find_edges(keys, load_array(band.scratch, RANKS), band.corpus.reference_documents())
+    save_array(folder, name, edges)
+    return len(edges)
+
+
+def find_near(
+    corpus: Corpus,
+    settings: Settings,
+    scratch: Folder,
+    executor: Executor,
+    ranks: np.ndarray,
+    shingle: Callable[[Sequence[PartArrays]], Sequence[PartArrays]],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """Near-duplicates among the documents that are no exact copies.
+
+    Args:
+        corpus: pass 1.
+        settings: options.
+        scratch: a folder for what lies between the passes.
+        executor: runs the bands.
+        ranks: of `find_exact`.
+        shingle: makes the shingles of the documents whose rows `write_candidates` wrote, for the parts that hold any;
+            gives the same parts with the folders of these arrays.
+
+    Returns:
+        The documents that were candidates, int64 [c], the keeper of each (a position among them) and the similarity to
+        it, and how many pairs were verified.
+    """
+    bands = [Band(corpus, scratch, number) for number in range(settings.bands)]
+    for _ in executor.map(find_band, bands):
+        pass
+    names = (f"band-{number:02d}.npy" for number in range(settings.bands))
+    edges = merge_edges(load_array(scratch.child(EDGES), name) for name in names)
+    chosen = candidates(edges)
+    by_rank = np.empty(len(ranks), np.uint32)
+    by_rank[ranks] = np.arange(len(ranks), dtype=np.uint32)
+    documents = by_rank[chosen].astype(np.int64)
+    del by_rank
+    held = write_candidates(corpus, np.sort(documents), scratch)
+    with _joined(shingle(held), scratch.local and str(scratch.local)) as (hashes, sizes):
+        order = np.argsort(documents)
+        ends = np.empty(len(documents), np.int64)
+        begins = np.empty_like(ends)
+        ends[order] = np.cumsum(sizes)
+        begins[order] = ends[order] - sizes
+        keeper, similarity, verified = resolve(edges, chosen, begins, ends, hashes, settings.threshold)
+    return documents, keeper, similarity, verified
+
+
+def find_duplicates(
+    corpus: Corpus,
+    settings: Settings,
+    scratch: Folder,
+    executor: Executor,
+    shingle: Callable[[Sequence[PartArrays]], Sequence[PartArrays]],
+) -> Found:
+    """Exact copies and, for the method "minhash", near-duplicates; arguments as for `find_near`."""
+    copies, ranks = find_exact(corpus, settings, scratch)
+    if settings.method == "exact":
+        return Found(Duplicates(copies, np.ones(len(copies))), copies, 0, 0)
+    documents, keeper, similarity, verified = find_near(corpus, settings, scratch, executor, ranks, shingle)
+    return Found(settle(copies, documents, keeper, similarity), copies, len(documents), verified)
+
+
+def write_candidates(corpus: Corpus, documents: np.ndarray, scratch: Folder) -> list[PartArrays]:
+    """Write the rows of the candidates of each part (documents sorted); the parts that hold any, with how many."""
+    held = []
+    for position, (begin, end) in enumerate(pairwise(corpus.starts())):
+        first, last = np.searchsorted(documents, [begin, end])
+        if first < last:
+            part = corpus.parts[position]
+            folder = scratch.child(CANDIDATES if position >= corpus.reference else REFERENCE_CANDIDATES)
+            save_array(folder, f"{part_stem(part.number)}.npy", documents[first:last] - begin)
+            held.append(part._replace(documents=int(last - first)))
+    return held
+
+
+def check_removed(corpus: Corpus, keeper: np.ndarray, settings: Settings) -> None:
+    """Stop where a source would lose too much.
+
+    Raises:
+        UserError: a source of 1,000 documents or more would lose more than `max_removed`; with a table of all sources.
+    """
+    sources: dict[str, list[int]] = {}
+    gone = keeper != np.arange(len(keeper))
+    pairs = list(zip(corpus.parts, pairwise(corpus.starts()), strict=True))
+    for part, (begin, end) in pairs[corpus.reference :]:
+        entry = sources.setdefault(part.source, [0, 0])
+        entry[0] += part.documents
+        entry[1] += int(gone[begin:end].sum())
+    guard(sources, settings.max_removed)
+
+
+def guard(sources: dict[str, list[int]], max_removed: float) -> None:
+    """Stop where a source of [documents, removed] lost too much; as `check_removed`."""
+    over = [
+        name
+        for name, (documents, removed) in sources.items()
+        if documents >= GUARD_DOCUMENTS and removed > max_removed * documents
+    ]
+    if not over:
+        return
+    width = max(6, *map(len, sources))
+    rows = [f"  {'source':<{width}}  {'documents':>13}  {'duplicates':>13}"]
+    for name, (documents, removed) in sources.items():
+        mark = "  <-" if name in over else ""
+        rows.append(f"  {name:<{width}}  {documents:>13,}  {removed:>13,}  {removed / max(documents, 1):>7.1%}{mark}")
+    table = "\n".join(rows)
+    needed = max(sources[name][1] / sources[name][0] for name in over)
+    raise UserError(
+        f"dedup would remove more than {max_removed:.0%} of the documents of {', '.join(over)}:\n{table}\n"
+        f"Nothing was removed. If that is right (look at --explain and the audit table), allow it with "
+        f"--max-removed {min(np.ceil(needed * 100) / 100, 1):g}"
+    )
+
+
+def write_decisions(corpus: Corpus, found: Found, scratch: Folder, out: Folder) -> None:
+    """Write `decisions/part-N.parquet` for each part that loses documents, and the audit table."""
+    keeper, similarity = found.duplicates
+    starts = corpus.starts()
+    gone = keeper != np.arange(len(keeper))
+    sizes = np.bincount(keeper[gone], minlength=0) + 1 if gone.any() else np.zeros(0, np.int64)
+    keepers = np.unique(keeper[gone])
+    keeper_ids = _take_ids(corpus, keepers)
+    keeper_parts = np.searchsorted(starts, keepers, side="right") - 1
+    sources = pa.array([part.source for part in corpus.parts], pa.string())
+    keeper_sources = sources.take(pa.array(keeper_parts)) if len(keepers) else pa.array([], pa.string())
+    with out.create(AUDIT) as file, pyarrow.parquet.ParquetWriter(file, AUDIT_COLUMNS, compression="zstd") as audit:
+        for part, (begin, end) in list(zip(corpus.parts, pairwise(starts), strict=True))[corpus.reference :]:
+            folder, name = scratch.child(DECIDED), f"{part_stem(part.number)}.parquet"
+            rows = np.flatnonzero(gone[begin:end])
+            if not len(rows):
+                folder.remove(name)  # an earlier run may have left one
+                continue
+            documents = begin + rows
+            places = pa.array(np.searchsorted(keepers, keeper[documents]))
+            copied = found.copies[documents]
+            near = pa.array((copied == documents) | (keeper[documents] != copied))
+            method = pc.if_else(near, "minhash", "exact")
+            columns = [keeper_ids.take(places), keeper_sources.take(places), pa.array(similarity[documents])]
+            decided = pa.table([pa.array(rows), method, *columns], schema=DECISIONS)
+            with folder.create(name) as target:
+                pyarrow.parquet.write_table(decided, target, compression="zstd")
+            ids = _ids_of(part).take(pa.array(rows))
+            source = pa.repeat(pa.scalar(part.source), len(rows))
+            cluster = pa.array(sizes[keeper[documents]], pa.int64())
+            audit.write_table(pa.table([ids, source, *columns, method, cluster], schema=AUDIT_COLUMNS))
+
+
+def summarise(corpus: Corpus, found: Found, settings: Settings) -> dict[str, Any]:
+    """The entry `dedup` of report.json."""
+    keeper, similarity = found.duplicates
+    gone = keeper != np.arange(len(keeper))
+    counts, edges = np.histogram(similarity[gone], bins=BINS, range=(0, 1))
+    minhash = settings.method == "minhash"
+    return {
+        "method": settings.method,
+        "threshold": settings.threshold if minhash else 1.0,
+        "bands": settings.bands if minhash else None,
+        "rows": settings.rows if minhash else None,
+        "documents": len(keeper) - corpus.reference_documents(),
+        "removed": int(gone.sum()),
+        "candidates": found.candidates if minhash else None,
+        "verified": found.verified if minhash else None,
+        "clusters": {str(size): number for size, number in cluster_sizes(keeper).items()},
+        "similarity": {"edges": edges.tolist(), "counts": counts.tolist()} if minhash else None,
+    }
+
+
+@contextmanager
+def _joined(parts: Sequence[PartArrays], folder: str | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The shingles of all candidates, in order, as a memory map of a file that nobody sees; and their numbers."""
+    sizes = [part.load("sizes") for part in parts]
+    total = sum(int(size.sum()) for size in sizes)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        for part in parts:
+            file.write(part.load("hashes").data)
+        file.write(b"\0" * 8)  # an empty file cannot be mapped
+        file.flush()
+        mapped = np.memmap(file, np.uint64, "r", shape=(total + 1,))
+        yield mapped[:total], np.concatenate([np.zeros(0, np.int64), *sizes])
+        del mapped
+
+
+def _ids_of(part: PartArrays) -> pa.Array:
+    data, ends = part.load("ids"), np.cumsum([0, *part.load("id_sizes")], dtype=np.int64)
+    borders, content = pa.py_buffer(ends), pa.py_buffer(data)
+    return pa.LargeStringArray.from_buffers(len(ends) - 1, borders, content).cast(pa.string())
+
+
+def _take_ids(corpus: Corpus, documents: np.ndarray) -> pa.Array:
+    """The ids of documents, sorted."""
+    found = [pa.array([], pa.string())]
+    for part, (begin, end) in zip(corpus.parts, pairwise(corpus.starts()), strict=True):
+        first, last = np.searchsorted(documents, [begin, end])
+        if first < last:
+            found.append(_ids_of(part).take(pa.array(documents[first:last] - begin)))
+    return pa.concat_arrays(found)

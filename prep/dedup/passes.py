@@ -1,0 +1,240 @@
+"""What a deduplication does to each part: arrays that the decisions are made from, and the removal itself.
+
+All are picklable and know documents by their place: the number of the part and the row in it. So the parts of the pass
+that removes must hold the same documents, in the same order, as those of the pass that made the arrays.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet
+
+from prep.dedup.arrays import load_array, part_stem
+from prep.dedup.exact import make_digests
+from prep.dedup.minhash import SHINGLE_WORDS, make_band_keys, make_shingles, make_signatures, permutations
+from prep.dedup.paragraphs import cut_units, unit_hashes
+from prep.dedup.settings import VERSION, Settings
+from prep.stages import NOTHING_ADDED, Tally, replace_text
+from prep.storage import Folder
+from shards.errors import UserError
+
+STAGE = "dedup"
+SIGNATURES, UNITS, SHINGLES = "signatures", "units", "shingles"
+
+
+@dataclass(frozen=True)
+class Signatures:
+    """Product of the pass before exact or MinHash deduplication.
+
+    Arrays of n documents: digests, uint64 [2, n]; keys, uint64 [bands, n], for MinHash; best, float64 [n], unless the
+    first document stays; ids, their UTF-8 bytes, and id_sizes, int32 [n].
+    """
+
+    settings: Settings
+    name: str = SIGNATURES
+
+    def describe(self) -> dict[str, Any]:
+        """All that the arrays depend on; the threshold is not among it."""
+        what = self.settings.describe()
+        what.pop("threshold", None)
+        return {**what, "shingle_words": SHINGLE_WORDS}
+
+    def __call__(self, batch: pa.RecordBatch) -> dict[str, np.ndarray]:
+        """Arrays of a batch."""
+        texts = batch.column("text")
+        found = {"digests": make_digests(texts), **_ids(batch.column("id"))}
+        if self.settings.method == "minhash":
+            used = self.settings.bands * self.settings.rows
+            parameters = permutations(self.settings.hashes, self.settings.seed)[:, :used]  # the rest is in no band
+            signatures = make_signatures(texts, parameters)
+            found["keys"] = make_band_keys(signatures, self.settings.bands, self.settings.rows)
+        if self.settings.keep != "first":
+            found["best"] = _best(batch, self.settings)
+        return found
+
+
+@dataclass(frozen=True)
+class UnitHashes:
+    """Product of the pass before paragraphs or lines are cut: hashes, uint64 [units that are long enough]."""
+
+    settings: Settings
+    name: str = UNITS
+
+    def describe(self) -> dict[str, Any]:
+        """All that the hashes depend on."""
+        what = self.settings.describe()
+        what.pop("max_cut")
+        return what
+
+    def __call__(self, batch: pa.RecordBatch) -> dict[str, np.ndarray]:
+        """Hashes of a batch."""
+        level = self.settings.level
+        assert level is not None
+        return {"hashes": unit_hashes(batch.column("text"), level, self.settings.min_characters)}
+
+
+@dataclass(frozen=True)
+class Shingles:
+    """Product of the pass over the candidates: hashes, uint64, of one document after the other; sizes, int64 [n]."""
+
+    name: str = SHINGLES
+
+    def describe(self) -> dict[str, Any]:
+        """All that the hashes depend on."""
+        return {"version": VERSION, "shingle_words": SHINGLE_WORDS}
+
+    def __call__(self, batch: pa.RecordBatch) -> dict[str, np.ndarray]:
+        """Shingles of a batch."""
+        hashes, ends = make_shingles(batch.column("text"))
+        return {"hashes": hashes, "sizes": np.diff(ends)}
+
+
+@dataclass
+class ChooseRows:
+    """Stage that lets through the documents of a part whose rows stand in `part-N.npy` of a folder, sorted."""
+
+    part: int
+    folder: Folder
+    name: str = "candidates"
+    adds: pa.Schema = NOTHING_ADDED
+    _rows: np.ndarray | None = field(default=None, repr=False)
+    _at: int = 0
+
+    def describe(self) -> dict[str, Any]:
+        """Nothing of its own."""
+        return {}
+
+    def __call__(self, batch: pa.RecordBatch, tally: Tally) -> pa.RecordBatch:
+        """The chosen documents."""
+        if self._rows is None:
+            self._rows = load_array(self.folder, f"{part_stem(self.part)}.npy")
+        first, last = np.searchsorted(self._rows, [self._at, self._at + batch.num_rows])
+        chosen = self._rows[first:last] - self._at
+        self._at += batch.num_rows
+        return batch.take(pa.array(chosen))
+
+
+@dataclass
+class RemoveDuplicates:
+    """Stage that removes the documents of a part that `part-N.parquet` of a folder names (see `write_decisions`)."""
+
+    part: int
+    folder: Folder
+    threshold: float
+    name: str = STAGE
+    adds: pa.Schema = NOTHING_ADDED
+    _decisions: pa.Table | None = field(default=None, repr=False)
+    _at: int = 0
+
+    def describe(self) -> dict[str, Any]:
+        """Nothing of its own: the digest of the decisions stands in the pass's."""
+        return {}
+
+    def __call__(self, batch: pa.RecordBatch, tally: Tally) -> pa.RecordBatch:
+        """The documents that stay."""
+        if self._decisions is None:
+            content = self.folder.read(f"{part_stem(self.part)}.parquet")
+            self._decisions = pyarrow.parquet.read_table(io.BytesIO(content)) if content else NO_DECISIONS
+        decisions = self._decisions
+        first, last = np.searchsorted(decisions.column("row").to_numpy(), [self._at, self._at + batch.num_rows])
+        found = decisions.slice(first, last - first)
+        rows = found.column("row").to_numpy() - self._at
+        self._at += batch.num_rows
+        if not len(rows):
+            return batch
+        similarity = np.ones(batch.num_rows)
+        similarity[rows] = found.column("similarity").to_numpy()
+        keeper = np.full(batch.num_rows, None, object)
+        keeper[rows] = found.column("keeper").to_numpy(zero_copy_only=False)
+        stays = np.ones(batch.num_rows, bool)
+        stays[rows] = False
+        for method, threshold in (("exact", None), ("minhash", self.threshold)):
+            chosen = np.zeros(batch.num_rows, bool)
+            chosen[rows] = pc.equal(found.column("method"), method).to_numpy()
+            tally.reject(
+                batch,
+                chosen,
+                method,
+                value=similarity,
+                threshold=threshold,
+                keeper=keeper.tolist(),
+                similarity=similarity,
+            )
+        return batch.filter(pa.array(stays))
+
+
+@dataclass
+class CutRepeats:
+    """Stage that cuts repeated units, as `part-N.npy` of a folder says: bool, for each unit that is long enough."""
+
+    part: int
+    folder: Folder
+    settings: Settings
+    name: str = STAGE
+    adds: pa.Schema = NOTHING_ADDED
+    _repeated: np.ndarray | None = field(default=None, repr=False)
+    _at: int = 0
+
+    def describe(self) -> dict[str, Any]:
+        """Options."""
+        return self.settings.describe()
+
+    def __call__(self, batch: pa.RecordBatch, tally: Tally) -> pa.RecordBatch:
+        """The documents that stay, without their repeated units."""
+        if self._repeated is None:
+            self._repeated = load_array(self.folder, f"{part_stem(self.part)}.npy")
+        level, least, texts = self.settings.level, self.settings.min_characters, batch.column("text")
+        assert level is not None
+        number = len(unit_hashes(texts, level, least))
+        repeated = self._repeated[self._at : self._at + number]
+        self._at += number
+        if not repeated.any():
+            return batch
+        cut = cut_units(texts, level, repeated, least)
+        tally.count(f"{level}s.cut", int(cut.units.sum()))
+        empty = pc.equal(pc.binary_length(cut.texts), 0).to_numpy(zero_copy_only=False)
+        dropped = (cut.share > self.settings.max_cut) | (empty & (cut.units > 0))
+        tally.reject(batch, dropped, level, value=cut.share, threshold=self.settings.max_cut)
+        return replace_text(batch, cut.texts).filter(pa.array(~dropped))
+
+
+DECISIONS = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("method", pa.string()),
+        ("keeper", pa.string()),
+        ("keeper_source", pa.string()),
+        ("similarity", pa.float64()),
+    ]
+)
+NO_DECISIONS = DECISIONS.empty_table()
+
+
+def _ids(ids: pa.Array) -> dict[str, np.ndarray]:
+    plain = ids.cast(pa.binary())
+    _, borders, data = plain.buffers()
+    ends = np.frombuffer(borders, np.int32)[plain.offset : plain.offset + len(plain) + 1]
+    raw = np.frombuffer(data, np.uint8) if data is not None else np.zeros(0, np.uint8)
+    return {"ids": raw[ends[0] : ends[-1]], "id_sizes": np.diff(ends)}
+
+
+def _best(batch: pa.RecordBatch, settings: Settings) -> np.ndarray:
+    """What the keeper policy compares, float64; NaN where it is null."""
+    if settings.column is None:
+        return pc.binary_length(batch.column("text")).to_numpy().astype(np.float64)
+    index = batch.schema.get_field_index(settings.column)
+    if index < 0:
+        known = [name for name in batch.schema.names if name not in ("id", "text", "source")]
+        raise UserError(f"dedup: keep: the documents have no column '{settings.column}' (they have {known or 'none'})")
+    column = batch.column(index)
+    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_boolean(column.type)):
+        raise UserError(f"dedup: keep: column '{settings.column}' is {column.type}; its values must be numbers")
+    if pa.types.is_boolean(column.type):
+        column = column.cast(pa.uint8())
+    return column.cast(pa.float64(), safe=False).fill_null(float("nan")).to_numpy(zero_copy_only=False)
