@@ -67,9 +67,10 @@ class _Items(NamedTuple):
 class DecontaminateStage:
     """Removes documents that hold items of evaluations, or cuts the place out; made by `build`.
 
-    The rule is `decontaminate.BENCHMARK`, of the benchmark with the most matching n-grams; `value` is their number,
-    `detail` names the first item and the matched text. For each benchmark the tally holds the set `items.BENCHMARK` and
-    the counts `documents.BENCHMARK` and `bytes.BENCHMARK`, of what was removed; a document may count for several.
+    The rule is `decontaminate.BENCHMARK`, of the benchmark with the item that shares most n-grams in a row with the
+    document; `value` is their number, `detail` the item's row and column and the matched text. For each benchmark the
+    tally holds the set `items.BENCHMARK` and the counts `documents.BENCHMARK` and `bytes.BENCHMARK`, of what was
+    removed; a document may count for several.
     """
 
     settings: DecontaminateSettings
@@ -123,11 +124,10 @@ class DecontaminateStage:
                 tally.count(f"documents.{name}", 1)
                 tally.count(f"bytes.{name}", removed)
             if document not in left:
-                grams = {number: len({match.start for match in mine}) for number, mine in by_benchmark.items()}
-                main = min(grams, key=lambda number: (-grams[number], number))
-                gone.setdefault(main, []).append(document)
-                values[document] = grams[main]
-                details[document] = _detail(items, main, by_benchmark[main], originals[document])
+                longest = min(matches, key=lambda match: (-match.grams, match.item))
+                gone.setdefault(int(items.benchmark[longest.item]), []).append(document)
+                values[document] = longest.grams
+                details[document] = _detail(items, longest, originals[document])
         tally.count("cut", len(left))
         keep = np.ones(batch.num_rows, bool)
         for number, documents in sorted(gone.items()):
@@ -203,15 +203,9 @@ def _digest(benchmarks: list[Benchmark]) -> str:
     return digest.hexdigest()
 
 
-def _detail(items: _Items, number: int, matches: list[Match], raw: bytes) -> str:
-    """The first item that was found, and its text as it stands in the document."""
-    first = matches[0]
-    stop = first.stop
-    for match in matches:
-        if match.item == first.item and match.start <= stop:
-            stop = match.stop
-    text = " ".join(raw[first.start : stop].decode().split())
-    row, column = items.benchmarks[number].places[int(items.number[first.item])]
+def _detail(items: _Items, match: Match, raw: bytes) -> str:
+    text = " ".join(raw[match.start : match.stop].decode().split())
+    row, column = items.benchmarks[items.benchmark[match.item]].places[items.number[match.item]]
     return f"row {row:,}, {column}: {text if len(text) <= EXCERPT else text[:EXCERPT] + ' …'}"
 
 
@@ -222,7 +216,7 @@ def cut_spans(raw: bytes, spans: list[tuple[int, int]], margin: int) -> bytes:
     """
     pieces, behind = [], 0
     reach = margin + WORD_SLACK
-    for start, stop in sorted(spans):
+    for start, stop in sorted(set(spans)):
         before = raw[max(0, start - 4 * reach) : start].decode("utf-8", "ignore")[-reach:]
         after = raw[stop : stop + 4 * reach].decode("utf-8", "ignore")[:reach]
         kept = before[: max(0, len(before) - margin)]

@@ -5,8 +5,8 @@ The n-grams of all items become 64-bit keys, from prefix hashes over the words' 
     key(i, n) = mix(P[i + n] - P[i] B^n),   P[i + 1] = P[i] B + hash(word i)    (mod 2^64)
 
 Where an n-gram of the items begins in a document, so do its first words, as many as the shortest of all n-grams has.
-The key of these is looked up in a bit table first (one bit in sixteen or less is set, so nearly all places end there);
-then the keys of all lengths in the sorted keys of the items, by their top bits. What matches is compared word for word:
+The key of these goes through a Bloom filter (three bits of one 64-bit number, about one in a hundred passes), the keys
+of all lengths then into the sorted keys of the items, by their top bits. What matches is compared word for word:
 no accident of hashing counts.
 """
 
@@ -25,17 +25,20 @@ from prep.characters import WORD, lower
 from prep.words import Words, split_words, text_buffers
 
 ITEMS_PER_GRAM = 10  # of the items that share an n-gram, so many are told; the document is hit all the same
+SIEVE_BITS = 24  # 128 MB at most
 BASE = 0x9E3779B97F4A7C15
 _WORD = np.uint8(WORD)
-_BASE, _MIX, _HALF, _ONE, _SIX, _LOW = (np.uint64(n) for n in (BASE, 0xD6E8FEB86659FD93, 32, 1, 6, 63))
+_BASE, _MIX, _HALF, _ONE = (np.uint64(n) for n in (BASE, 0xD6E8FEB86659FD93, 32, 1))
+_SIX, _TWELVE, _LOW = np.uint64(6), np.uint64(12), np.uint64(63)
 
 
 class Match(NamedTuple):
-    """A run of words of a document that is in an item: bytes [start, stop) of its text."""
+    """Bytes [start, stop) of a document's text that an item has too: `grams` n-grams, each one word behind the last."""
 
     start: int
     stop: int
     item: int
+    grams: int
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Index:
         keys: of the entries, sorted, uint64.
         directory: the entries whose keys begin with the bits b are directory[b]:directory[b + 1].
         lengths: the lengths that entries have, rising.
-        sieve: bits of uint64; set are those that the keys of the entries' first `lengths[0]` words begin with.
+        sieve: the Bloom filter with the keys of the entries' first `lengths[0]` words, uint64 [a power of two].
     """
 
     short: np.ndarray
@@ -66,11 +69,10 @@ class Index:
     def search(self, texts: pa.Array) -> dict[int, list[Match]]:
         """All matches, by document, in the order of the text.
 
-        A match is one n-gram of one item; where several items share it, there is a match for each of the first ten.
+        Where several items share an n-gram, the first ten of them match.
         """
         if not len(self.keys):
             return {}
-        data, borders = text_buffers(texts)
         tokens = split_words(texts)
         offsets, token, words = _only_words(tokens)
         table = (self.lengths, _powers(self.lengths), self.sieve, self.directory)
@@ -83,36 +85,43 @@ class Index:
             capacity *= 8
         if n == 0:
             return {}
-        document, place, entry = document[:n], place[:n], entry[:n]
+        order = np.lexsort((place[:n], place[:n] - self.place[entry[:n]], self.item[entry[:n]]))
+        place, entry = place[order], entry[order]
+        data, borders = text_buffers(texts)
         start, stop = tokens.start[token], tokens.stop[token]
         same = self._same_words(data, start, stop, place, entry)
-        document, place, entry = document[same], place[same], entry[same]
+        place, entry, document = place[same], entry[same], document[order][same]
+        first = np.flatnonzero(~self._follows(place, entry))
+        grams = np.diff(np.append(first, len(place)))
+        begin = borders[document[first]]
+        starts = start[place[first]] - begin
+        stops = stop[place[first] + grams + self.length[entry[first]] - 2] - begin
+        items = self.item[entry[first]]
         found: dict[int, list[Match]] = {}
-        for row in np.lexsort((self.item[entry], place, document)):
-            number, first = int(document[row]), int(place[row])
-            last = first + int(self.length[entry[row]]) - 1
-            begin = int(borders[number])
-            match = Match(int(start[first]) - begin, int(stop[last]) - begin, int(self.item[entry[row]]))
-            found.setdefault(number, []).append(match)
+        for row in np.lexsort((items, starts, document[first])).tolist():
+            match = Match(int(starts[row]), int(stops[row]), int(items[row]), int(grams[row]))
+            found.setdefault(int(document[first[row]]), []).append(match)
         return found
+
+    def _follows(self, place: np.ndarray, entry: np.ndarray) -> np.ndarray:
+        """Of candidates sorted by item, distance and place: which are one word behind the one before, on both sides."""
+        follows = np.zeros(len(place), bool)
+        follows[1:] = (np.diff(place) == 1) & (np.diff(self.place[entry]) == 1) & (np.diff(self.item[entry]) == 0)
+        return follows
 
     def _same_words(
         self, data: np.ndarray, start: np.ndarray, stop: np.ndarray, place: np.ndarray, entry: np.ndarray
     ) -> np.ndarray:
-        """Which candidates agree in every word; pairs of words that several of them share are compared once."""
-        steps = np.arange(int(self.length[entry].max()))
-        used = steps < self.length[entry][:, None]
-        here = (place[:, None] + steps)[used]
-        there = (self.place[entry][:, None] + steps)[used]
-        pairs, back = np.unique(np.stack([here, there]), axis=1, return_inverse=True)
-        same = [
-            _lower_case(data[start[a] : stop[a]].tobytes())
-            == _lower_case(self.data[self.start[b] : self.stop[b]].tobytes())
-            for a, b in pairs.T.tolist()
-        ]
-        agree = np.ones(used.shape, bool)
-        agree[used] = np.array(same)[back.ravel()]
-        return np.all(agree, axis=1)
+        """Which candidates, sorted like that, agree in every word; one that follows brings one more word to compare."""
+        length = self.length[entry].astype(np.int64)
+        new = np.where(self._follows(place, entry), 1, length)
+        behind = np.cumsum(new)  # the words of a candidate are the last `length` of the words compared so far
+        at = np.arange(behind[-1]) - np.repeat(behind - length, new)
+        here, there = np.repeat(place, new) + at, np.repeat(self.place[entry], new) + at
+        spans = np.stack([start[here], stop[here], self.start[there], self.stop[there]], axis=1).tolist()
+        other = [_lower_case(data[a:b].tobytes()) != _lower_case(self.data[c:d].tobytes()) for a, b, c, d in spans]
+        differences = np.append(0, np.cumsum(other))
+        return differences[behind] == differences[behind - length]
 
 
 def build_index(items: Sequence[str], ngram: int, min_words: int) -> Index:
@@ -127,9 +136,8 @@ def build_index(items: Sequence[str], ngram: int, min_words: int) -> Index:
     lengths = np.unique(sizes[sizes >= min_words].clip(max=ngram))
     head = int(lengths.min(initial=ngram))
     n = _grams(offsets, words, ngram, min_words, head, _powers(np.arange(ngram + 1)), keys, heads, item, place)
-    sieve = np.zeros(2 ** min(28, max(6, n.bit_length() + 4)) // 64, np.uint64)
-    beginnings = heads[:n] >> np.uint64(64 - _bits(64 * len(sieve)))
-    np.bitwise_or.at(sieve, beginnings >> _SIX, _ONE << (beginnings & _LOW))
+    sieve = np.zeros(2 ** min(SIEVE_BITS, max(1, n.bit_length() - 2)), np.uint64)
+    _sift_in(heads[:n], sieve)
     order = np.lexsort((place[:n], item[:n], keys[:n]))
     keys, item, place = keys[order], item[order], place[order]
     again = (keys[1:] == keys[:-1]) & (item[1:] == item[:-1])  # an item may repeat itself
@@ -184,6 +192,18 @@ def _bits(size: int) -> int:
     while 1 << bits < size:
         bits += 1
     return bits
+
+
+@njit(nogil=True, cache=True, inline="always")
+def _three_bits(key: np.uint64) -> np.uint64:
+    return _ONE << (key & _LOW) | _ONE << (key >> _SIX & _LOW) | _ONE << (key >> _TWELVE & _LOW)
+
+
+@njit(nogil=True, cache=True)
+def _sift_in(keys: np.ndarray, sieve: np.ndarray) -> None:
+    shift = np.uint64(64 - _bits(len(sieve)))
+    for key in keys:
+        sieve[key >> shift] |= _three_bits(key)
 
 
 @njit(nogil=True, cache=True, inline="always")
@@ -246,7 +266,7 @@ def _search(
     entry: np.ndarray,
 ) -> int:
     """Fill documents, places and entries of all equal keys; their number, or -1 if they do not fit."""
-    sieve_shift, directory_shift = np.uint64(64 - _bits(64 * len(sieve))), np.uint64(64 - _bits(len(directory) - 1))
+    sieve_shift, directory_shift = np.uint64(64 - _bits(len(sieve))), np.uint64(64 - _bits(len(directory) - 1))
     head = lengths[0]
     longest = 0
     for number in range(len(offsets) - 1):
@@ -257,8 +277,8 @@ def _search(
         begin, count = offsets[number], offsets[number + 1] - offsets[number]
         _prefixes(words, begin, begin + count, prefixes)
         for at in range(count - head + 1):
-            bit = _key(prefixes, at, head, powers[0]) >> sieve_shift
-            if not (sieve[bit >> _SIX] >> (bit & _LOW)) & _ONE:
+            key = _key(prefixes, at, head, powers[0])
+            if ~sieve[key >> sieve_shift] & _three_bits(key):
                 continue
             for which in range(len(lengths)):
                 length = lengths[which]
