@@ -1,8 +1,8 @@
 """Reads the items of evaluations: the texts that must not be in training data.
 
-A file is JSON lines or a JSON array of objects (plain, .gz or .zst), or Parquet. `FILE:column,column` names the columns
-that hold the items; without, every column that holds text counts, each value of each row is an item of its own. The
-benchmark is called like the file.
+A file is JSON lines or a JSON array of objects (plain, .gz or .zst), or Parquet; here or at an address. With
+`FILE:column,column` those columns hold the items; without, every column that holds text does, and each value of each row
+is an item of its own. The benchmark is called like the file.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
+from prep.storage import open_input
 from shards.errors import UserError, unknown_name
 from shards.settings import expand_variables
 
@@ -45,7 +46,12 @@ def read_benchmarks(against: Sequence[str], where: str) -> list[Benchmark]:
     for given in against:
         path, wanted = _split(expand_variables(given, where))
         try:
-            benchmark = _read(path, wanted)
+            file = open_input(path)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        try:
+            with file:
+                benchmark = _read(path, file, wanted)
         except UserError as error:
             raise UserError(f"{where}: {path}: {error}") from None
         name = benchmark.name
@@ -58,14 +64,14 @@ def read_benchmarks(against: Sequence[str], where: str) -> list[Benchmark]:
 
 
 def _split(given: str) -> tuple[str, list[str]]:
-    """Path and columns; a colon may be part of the path."""
+    """Path and columns; a colon may be part of the path or address."""
     path, colon, columns = given.rpartition(":")
     if not colon or "/" in columns or Path(given).exists():
         return given, []
     return path, [column.strip() for column in columns.split(",")]
 
 
-def _read(path: str, wanted: list[str]) -> Benchmark:
+def _read(path: str, file: pa.NativeFile, wanted: list[str]) -> Benchmark:
     name = Path(path).name
     kind = name.lower()
     while kind.endswith(ENDINGS):
@@ -73,7 +79,7 @@ def _read(path: str, wanted: list[str]) -> Benchmark:
         name, kind = name[: -len(ending)], kind[: -len(ending)]
     if name == Path(path).name:
         raise UserError(f"cannot tell by its name what this file is; readable are {' '.join(ENDINGS)}")
-    rows = _parquet_rows(path) if path.lower().endswith((".parquet", ".pq")) else _json_rows(path)
+    rows = _parquet_rows(file) if path.lower().endswith((".parquet", ".pq")) else _json_rows(path.lower(), file)
     texts: dict[str, tuple[int, str]] = {}
     columns: dict[str, bool] = {}  # those seen, and whether they held text
     for number, row in rows:
@@ -97,18 +103,16 @@ def _names(columns: dict[str, bool]) -> str:
     return ", ".join(column for column, text in columns.items() if text) or "none"
 
 
-def _parquet_rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    _content(path, 4)
+def _parquet_rows(file: pa.NativeFile) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        with pq.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            kept = [column.name for column in schema if _is_text(column.type)]
-            rest = {column.name: None for column in schema}
-            number = 0
-            for batch in file.iter_batches(columns=kept):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, rest | row
+        table = pq.ParquetFile(file)
+        kept = [column.name for column in table.schema_arrow if _is_text(column.type)]
+        rest = {column.name: None for column in table.schema_arrow}
+        number = 0
+        for batch in table.iter_batches(columns=kept):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, rest | row
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"cannot be read as Parquet ({error}); copy it again") from None
 
@@ -119,12 +123,12 @@ def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
-def _json_rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    content = _content(path)
+def _json_rows(path: str, file: pa.NativeFile) -> Iterator[tuple[int, dict[str, Any]]]:
+    content: bytes = file.read()
     try:
-        if path.lower().endswith(".gz"):
+        if path.endswith(".gz"):
             content = gzip.decompress(content)
-        elif path.lower().endswith((".zst", ".zstd")):
+        elif path.endswith((".zst", ".zstd")):
             with zstandard.ZstdDecompressor().stream_reader(content, read_across_frames=True) as reader:
                 content = reader.read()
     except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
@@ -147,13 +151,3 @@ def _parse(text: bytes, what: str) -> Any:
         return orjson.loads(text)
     except orjson.JSONDecodeError as error:
         raise UserError(f"{what} is not JSON: {error}") from None
-
-
-def _content(path: str, size: int = -1) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return file.read(size)
-    except FileNotFoundError:
-        raise UserError("no such file; give the file with the evaluation's items") from None
-    except OSError as error:
-        raise UserError(f"cannot be read ({error.strerror})") from None

@@ -25,6 +25,7 @@ from prep.characters import WORD, lower
 from prep.words import Words, split_words, text_buffers
 
 ITEMS_PER_GRAM = 10  # of the items that share an n-gram, so many are told; the document is hit all the same
+COMPARED_AT_ONCE = 1 << 18  # words that become Python objects at a time
 SIEVE_BITS = 24  # 128 MB at most
 BASE = 0x9E3779B97F4A7C15
 _WORD = np.uint8(WORD)
@@ -118,9 +119,14 @@ class Index:
         behind = np.cumsum(new)  # the words of a candidate are the last `length` of the words compared so far
         at = np.arange(behind[-1]) - np.repeat(behind - length, new)
         here, there = np.repeat(place, new) + at, np.repeat(self.place[entry], new) + at
-        spans = np.stack([start[here], stop[here], self.start[there], self.stop[there]], axis=1).tolist()
-        other = [_lower_case(data[a:b].tobytes()) != _lower_case(self.data[c:d].tobytes()) for a, b, c, d in spans]
-        differences = np.append(0, np.cumsum(other))
+        differences = np.zeros(len(here) + 1, np.int64)
+        for first in range(0, len(here), COMPARED_AT_ONCE):
+            a, b = here[first : first + COMPARED_AT_ONCE], there[first : first + COMPARED_AT_ONCE]
+            spans = np.stack([start[a], stop[a], self.start[b], self.stop[b]], axis=1).tolist()
+            differences[first + 1 : first + 1 + len(a)] = [
+                _lower_case(data[a:b].tobytes()) != _lower_case(self.data[c:d].tobytes()) for a, b, c, d in spans
+            ]
+        differences = np.cumsum(differences)
         return differences[behind] == differences[behind - length]
 
 

@@ -284,7 +284,7 @@ def test_mistakes_are_named(tmp_path):
     (tmp_path / "no.parquet").write_bytes(b"PAR1")
     (tmp_path / "what.xyz").write_bytes(b"")
     for name, message in [
-        ("nowhere.jsonl", "nowhere.jsonl: no such file; give the file"),
+        ("nowhere.jsonl", "nowhere.jsonl: no such file"),
         ("nowhere.parquet:text", "nowhere.parquet: no such file"),
         ("bad.jsonl", "bad.jsonl: line 2 is not JSON"),
         ("list.jsonl", "list.jsonl: the file is not JSON"),
