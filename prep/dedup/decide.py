@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -180,7 +181,7 @@ def find_near(
     documents = by_rank[chosen].astype(np.int64)
     del by_rank
     held = write_candidates(corpus, np.sort(documents), scratch)
-    with _joined(shingle(held), scratch.local and str(scratch.local)) as (hashes, sizes):
+    with _joined(shingle(held), scratch.local) as (hashes, sizes):
         order = np.argsort(documents)
         ends = np.empty(len(documents), np.int64)
         begins = np.empty_like(ends)
@@ -311,7 +312,7 @@ def summarise(corpus: Corpus, found: Found, settings: Settings) -> dict[str, Any
 
 
 @contextmanager
-def _joined(parts: Sequence[PartArrays], folder: str | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _joined(parts: Sequence[PartArrays], folder: Path | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The shingles of all candidates, in order, as a memory map of a file that nobody sees; and their numbers."""
     sizes = [part.load("sizes") for part in parts]
     total = sum(int(size.sum()) for size in sizes)

@@ -28,7 +28,7 @@ STAGE = "dedup"
 SIGNATURES, UNITS, SHINGLES = "signatures", "units", "shingles"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Signatures:
     """Product of the pass before exact or MinHash deduplication.
 
@@ -59,7 +59,7 @@ class Signatures:
         return found
 
 
-@dataclass(frozen=True)
+@dataclass
 class UnitHashes:
     """Product of the pass before paragraphs or lines are cut: hashes, uint64 [units that are long enough]."""
 
@@ -79,7 +79,7 @@ class UnitHashes:
         return {"hashes": unit_hashes(batch.column("text"), level, self.settings.min_characters)}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Shingles:
     """Product of the pass over the candidates: hashes, uint64, of one document after the other; sizes, int64 [n]."""
 

@@ -1,0 +1,205 @@
+"""From the pass that made the arrays to the pass that removes: everything that a deduplication decides.
+
+    pass 1   any steps, and the product that `product(settings)` gives, for each part
+    here     exact copies, bands, candidates and their shingles (a pass over the parts that hold any), decisions; or
+             the repeated units
+    pass 2   the same documents again, with `Removal.stage` as what removes
+
+What lies between them is in a scratch folder, in files that are whole or absent; `plan.json` there says for which input
+and settings, and other ones throw it away. So a run that was killed goes on from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import orjson
+import pyarrow as pa
+import xxhash
+
+from prep.dedup.decide import (
+    CANDIDATES,
+    DECIDED,
+    EDGES,
+    RANKS,
+    REFERENCE_CANDIDATES,
+    Corpus,
+    PartArrays,
+    check_removed,
+    find_duplicates,
+    summarise,
+    write_decisions,
+)
+from prep.dedup.explain import megabytes, need
+from prep.dedup.passes import ChooseRows, CutRepeats, RemoveDuplicates, Shingles, Signatures, UnitHashes
+from prep.dedup.repeats import CUTS, REPEATS, find_cuts
+from prep.dedup.settings import Settings
+from prep.executors import Executor
+from prep.parts import Job, Part, read_state, run_part
+from prep.stages import Product, Stage
+from prep.storage import Folder
+
+PLAN, SHINGLED, REFERENCE_SHINGLED = "plan.json", "shingled", "reference-shingled"
+
+
+@dataclass(frozen=True)
+class FirstPass:
+    """Documents that pass 1 went over.
+
+    Attributes:
+        arrays: the folder with the arrays of the product.
+        states: of the parts, in their order.
+        parts: cuts the same parts again, with the documents that pass 1 left.
+        schema: columns of the documents.
+    """
+
+    arrays: Folder
+    states: Sequence[dict[str, Any]]
+    parts: Callable[[], Iterator[Part]]
+    schema: pa.Schema
+
+    def part_arrays(self) -> list[PartArrays]:
+        """What each part left."""
+        return [
+            PartArrays(self.arrays, state["number"], state["source"], state["kept_documents"]) for state in self.states
+        ]
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What pass 2 is to do.
+
+    Attributes:
+        stage: makes the stage that removes from the number of a part (`Job.removal`).
+        digest: of all that the removal depends on; belongs into the digest of pass 2.
+        report: the entry `dedup` of report.json; for repeated units it lacks what pass 2 finds out.
+    """
+
+    stage: Callable[[int], Stage]
+    digest: str
+    report: dict[str, Any]
+
+
+def product(settings: Settings) -> Product:
+    """What pass 1 has to compute."""
+    return UnitHashes(settings) if settings.level else Signatures(settings)
+
+
+def find_removal(
+    documents: FirstPass,
+    settings: Settings,
+    scratch: Folder,
+    out: Folder,
+    executor: Executor,
+    *,
+    reference: FirstPass | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Removal:
+    """Decide what goes.
+
+    Args:
+        documents: what is deduplicated.
+        settings: options.
+        scratch: a folder for what lies between the passes.
+        out: where the audit table goes.
+        executor: runs tasks.
+        reference: documents that none of `documents` may repeat; they are never removed.
+        say: takes a line for the user: what will be needed.
+
+    Returns:
+        What pass 2 is to do.
+
+    Raises:
+        UserError: a source would lose more than `settings.max_removed`.
+    """
+    digest = _plan(documents, settings, reference)
+    _open_scratch(scratch, digest)
+    if settings.level:
+        numbers = [state["number"] for state in documents.states]
+        repeats = find_cuts(documents.arrays, numbers, scratch, executor)
+        cut = partial(CutRepeats, folder=scratch.child(CUTS), settings=settings)
+        return Removal(cut, digest, _units_report(documents, settings, repeats))
+    parts = documents.part_arrays()
+    before = reference.part_arrays() if reference else []
+    corpus = Corpus((*before, *parts), reference=len(before))
+    total = int(corpus.starts()[-1])
+    wanted = need(total, bands=settings.bands if settings.method == "minhash" else 0, workers=executor.workers)
+    say(f"{total:,} documents: needs about {megabytes(wanted.memory)} of memory, {megabytes(wanted.disk)} of disk")
+
+    def shingle(held: Sequence[PartArrays]) -> list[PartArrays]:
+        made = []
+        for what, rows, name in (
+            (reference, REFERENCE_CANDIDATES, REFERENCE_SHINGLED),
+            (documents, CANDIDATES, SHINGLED),
+        ):
+            if what is not None:
+                mine = [part for part in held if part.folder.uri == what.arrays.uri]
+                made += _shingle(what, mine, scratch.child(rows), scratch.child(name), digest, executor)
+        return made
+
+    found = find_duplicates(corpus, settings, scratch, executor, shingle)
+    check_removed(corpus, found.duplicates.keeper, settings)
+    write_decisions(corpus, found, scratch, out)
+    remove = partial(RemoveDuplicates, folder=scratch.child(DECIDED), threshold=settings.threshold)
+    return Removal(remove, digest, summarise(corpus, found, settings))
+
+
+def clear_scratch(scratch: Folder) -> None:
+    """Remove what lies between the passes; the audit table is not among it."""
+    scratch.remove(PLAN)
+    scratch.remove(RANKS)
+    for name in (EDGES, REPEATS, CUTS, CANDIDATES, REFERENCE_CANDIDATES, DECIDED, SHINGLED, REFERENCE_SHINGLED):
+        for folder in (
+            scratch.child(name),
+            *(scratch.child(name).child(below) for below in ("shingles", "state", "rejected")),
+        ):
+            for file in folder.names():
+                folder.remove(file)
+
+
+def _plan(documents: FirstPass, settings: Settings, reference: FirstPass | None) -> str:
+    made_of = [
+        [[state["key"], state["digest"], state["kept_documents"]] for state in what.states] if what else None
+        for what in (documents, reference)
+    ]
+    return xxhash.xxh3_128_hexdigest(orjson.dumps([settings.describe(), made_of], option=orjson.OPT_SORT_KEYS))
+
+
+def _open_scratch(scratch: Folder, digest: str) -> None:
+    content = orjson.dumps({"digest": digest})
+    if scratch.read(PLAN) != content:
+        clear_scratch(scratch)
+        scratch.write(PLAN, content)
+
+
+def _shingle(
+    documents: FirstPass, held: Sequence[PartArrays], rows: Folder, folder: Folder, digest: str, executor: Executor
+) -> list[PartArrays]:
+    """A pass over the parts that hold candidates; parts that are done are not done again."""
+    job = Job(folder, documents.schema, (), Shingles(), writes=False, removal=partial(ChooseRows, folder=rows))
+    digest = f"{digest}-{job.digest()}"
+    wanted = {part.number for part in held}
+    done = {number for number in wanted if (state := read_state(folder, number)) and state["digest"] == digest}
+    todo = (part for part in documents.parts() if part.number in wanted - done) if wanted - done else ()
+    for _ in executor.map(partial(run_part, job, digest), todo):
+        pass
+    return [part._replace(folder=folder.child(job.product.name)) for part in held if job.product]
+
+
+def _units_report(documents: FirstPass, settings: Settings, repeats: int) -> dict[str, Any]:
+    return {
+        "method": settings.method,
+        "threshold": settings.max_cut,
+        "bands": None,
+        "rows": None,
+        "documents": sum(state["kept_documents"] for state in documents.states),
+        "removed": None,
+        "candidates": None,
+        "verified": None,
+        "repeated_units": repeats,
+        "clusters": {},
+        "similarity": None,
+    }
