@@ -332,7 +332,7 @@ def test_settings_that_cannot_be_are_refused(options: dict[str, Any], message: s
 def test_a_keeper_column_must_be_there_and_hold_numbers() -> None:
     batch = batch_of(make_rows(3))
     assert Signatures(Settings(keep="highest:score"))(batch)["best"].tolist() == [0.0, 1.0, 2.0]
-    with pytest.raises(UserError, match="no column 'scor' .*score"):
+    with pytest.raises(UserError, match=r"no column 'scor' .*score"):
         Signatures(Settings(keep="highest:scor"))(batch)
     with pytest.raises(UserError, match="column 'id' is string; its values must be numbers"):
         Signatures(Settings(keep="highest:id"))(batch)
