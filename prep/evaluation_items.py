@@ -1,7 +1,7 @@
 """Reads the items of evaluations: the texts that must not be in training data.
 
 A file is JSON lines or a JSON array of objects (plain, .gz or .zst), or Parquet; here or at an address. With
-`FILE:column,column` those columns hold the items; without, every column that holds text does, and each value of each row
+`FILE:column,column` those columns hold the items; without, every column that holds text does. Each value of each row
 is an item of its own. The benchmark is called like the file.
 """
 
