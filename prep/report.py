@@ -227,12 +227,14 @@ def funnel_table(
     for column in ("documents", "share", "text"):
         table.add_column(column, justify="right", no_wrap=True)
     for stage in rows:
+        share = percent(stage["left"], all_rows)
+        table.add_row(
+            Text(visible(stage["name"])), amount(stage["left"]), share, size(stage["bytes_left"]), style="bold"
+        )
         for rule in stage["rules"]:
             lost = "–" if rule["bytes"] is None else _minus(rule["bytes"], size)
             numbers = (_minus(rule["removed"], amount), percent(rule["removed"], all_rows), lost)
             table.add_row(Text("  " + visible(rule["name"])), *numbers, style="dim")
-        share = percent(stage["left"], all_rows)
-        table.add_row(Text(visible(stage["name"])), amount(stage["left"]), share, size(stage["bytes_left"]))
     result: list[Text | Table] = [table]
     result += [Text(f"warning: {visible(line)}", style="yellow") for line in find_warnings(report)]
     for stage in report["stages"] if rejects else []:

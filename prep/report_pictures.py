@@ -76,7 +76,7 @@ def histogram_picture(histogram: Mapping[str, Any], names: tuple[str, str] = ("m
             outside += removed * share * (finish - begin) / (end - x)
             gap = min(0.8, 0.2 * (finish - begin)) if finish == end else 0.0
             tall = max(height(share), 1.0)  # a bin with one document can be seen
-            note = f"{_span(lower, upper, histogram['edges'], unit)}: {count:,} = {100 * share:.3g} %"
+            note = f"{_span(lower, upper, histogram['edges'][-1], unit, whole)}: {count:,} = {100 * share:.3g} %"
             bars.append({"x": begin, "width": finish - begin - gap, "y": BOTTOM - tall, "height": tall} | {
                 "removed": removed, "note": note
             })  # fmt: skip
@@ -125,7 +125,7 @@ def _bins(edges: list[float], counts: list[int], unit: str) -> tuple[list[tuple[
 def _extent(bins: list[tuple[float, float, int]], limits: Iterable[float], unit: str) -> tuple[float, float]:
     """First and last value of the axis: bins that hold something and thresholds, with some room around them."""
     used = [number for number, (*_, count) in enumerate(bins) if count]
-    first, last = bins[used[0]][0], bins[used[-1]][1]
+    first, last = bins[max(used[0] - 1, 0)][0], bins[used[-1]][1]
     for limit in limits:
         within = [number for number, (lower, upper, _) in enumerate(bins) if lower <= limit < upper]
         around = within[0] if within else 0 if limit < bins[0][0] else len(bins) - 1
@@ -141,12 +141,12 @@ def _extent(bins: list[tuple[float, float, int]], limits: Iterable[float], unit:
     return (min(first, 0.0) if first < 0.25 else first), last
 
 
-def _span(lower: float, upper: float, edges: list[float], unit: str) -> str:
-    if upper >= edges[-1]:
+def _span(lower: float, upper: float, end: float, unit: str, whole: bool) -> str:
+    """What a bin holds, in words; the last one also what lies beyond it."""
+    if upper >= end:
         return f"{label(lower, unit)} and more"
-    if unit == "count" and upper - lower <= 1 and lower == math.floor(lower):
-        return label(lower, unit)
-    return f"{label(lower, unit)} to {label(upper, unit)}"
+    last = upper - 1 if whole else upper
+    return label(lower, unit) if last == lower else f"{label(lower, unit)} to {label(last, unit)}"
 
 
 def _thresholds(texts: list[str], places: list[float]) -> list[dict[str, Any]]:
