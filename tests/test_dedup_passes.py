@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from prep.dedup import decide, removal
+from prep.dedup import decide, removal, repeats
 from prep.dedup.arrays import array_length, load_array, read_row, save_array
 from prep.dedup.passes import Signatures
 from prep.dedup.settings import Settings
@@ -276,13 +276,16 @@ def test_a_source_that_would_lose_too_much_stops_the_run(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("level", ["paragraph", "line"])
-def test_repeated_units_are_cut_and_what_loses_much_is_dropped(tmp_path: Path, level: str) -> None:
+def test_repeated_units_are_cut_and_what_loses_much_is_dropped(
+    tmp_path: Path, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     between = "\n\n" if level == "paragraph" else "\n"
     unit = {name: f"This is {name} that stands in some of the documents, and it is long." for name in "abcdef"}
     documents = ["ab", "cad", "ca", "e", "ab", "cf"]  # b is first in a document that stays, f stays, c was first in 1
     texts = [between.join([*(unit[name] for name in names), "short"]) for names in documents]
     rows = [{"id": str(number), "text": text, "source": "web", "score": 0} for number, text in enumerate(texts)]
-    for per_part in (1, 2, 100):
+    for per_part, partition in ((1, 2), (2, 100), (100, 1)):
+        monkeypatch.setattr(repeats, "PARTITION_UNITS", partition)
         folder = tmp_path / f"{level}{per_part}"
         run = dedup(folder, rows, Settings(method=level), per_part=per_part, per_block=1)
         assert [(row["id"], row["text"]) for row in run.kept] == [

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from shards.errors import UserError
+
 MAX_DOCUMENTS = 2**32 - 1
 NOBODY = np.uint32(2**32 - 1)  # the rank of a document that takes no part
 _LOW, _HALF = np.uint64(2**32 - 1), np.uint64(32)
@@ -40,9 +42,12 @@ def make_ranks(documents: int, *, best: np.ndarray | None = None, reference: int
 
     Returns:
         uint32 [documents], a permutation.
+
+    Raises:
+        UserError: more documents than ranks of 32 bits.
     """
     if documents > MAX_DOCUMENTS:
-        raise ValueError(f"{documents:,} documents; ranks are 32-bit numbers")
+        raise UserError(f"dedup: {documents:,} documents are too many for one run, {MAX_DOCUMENTS:,} fit")
     ranks = np.arange(documents, dtype=np.uint32)
     if best is not None:
         order = np.argsort(-best[reference:], kind="stable")

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from prep.dedup.minhash import BANDS, ROWS
 
-NEED_DOCUMENT, NEED_BAND, BASE = 64, 32, 400 << 20
+NEED_DOCUMENT, NEED_BAND, NEED_UNIT, BASE = 64, 32, 32, 400 << 20
 SIMILARITIES = [round(0.5 + 0.05 * step, 2) for step in range(11)]
 _WIDTH = 50
 
@@ -41,6 +41,15 @@ def need(documents: int, *, bands: int = BANDS, workers: int = 1) -> Need:
     """What a run needs for so many documents, edges and shingles of candidates aside (with few duplicates, little)."""
     memory = documents * (NEED_DOCUMENT + NEED_BAND * min(workers, max(bands, 1))) + BASE * (workers + 1)
     return Need(memory, documents * (8 * bands + 24))
+
+
+def need_units(units: int, partition: int, workers: int = 1) -> Need:
+    """What the cutting of repeated units needs, of which `partition` are worked through at a time by each worker.
+
+    Repeats are the most where all units are the same: 8 bytes each, in the process that decides.
+    """
+    at_once = min(units, partition) * min(workers, -(-units // partition))
+    return Need(8 * units + NEED_UNIT * at_once + BASE * (workers + 1), 17 * units)
 
 
 def explain(

@@ -119,7 +119,7 @@ def find_removal(
     _open_scratch(scratch, digest)
     if settings.level:
         numbers = [state["number"] for state in documents.states]
-        repeats = find_cuts(documents.arrays, numbers, scratch, executor)
+        repeats = find_cuts(documents.arrays, numbers, scratch, executor, say)
         cut = partial(CutRepeats, folder=scratch.child(CUTS), settings=settings)
         return Removal(cut, digest, _units_report(documents, settings, repeats))
     parts = documents.part_arrays()

@@ -1,7 +1,7 @@
 """Between the passes that hash paragraphs or lines and that cut them: which units are repeats of an earlier one.
 
 Units are numbered through all parts in order. They are worked through in partitions by the upper bits of their hashes,
-as tasks, so that memory has a bound: PARTITION_UNITS units at a time, 24 bytes each.
+as tasks, so that memory has a bound: PARTITION_UNITS units at a time, NEED_UNIT bytes each.
 
     scratch/repeats/partition-000.npy    numbers of the repeated units, int64, sorted
     scratch/cuts/part-00000.npy          for each unit of the part, whether it is a repeat, bool
@@ -9,13 +9,14 @@ as tasks, so that memory has a bound: PARTITION_UNITS units at a time, 24 bytes 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
 from prep.dedup.arrays import array_length, load_array, part_stem, save_array
+from prep.dedup.explain import megabytes, need_units
 from prep.dedup.paragraphs import find_repeats
 from prep.executors import Executor
 from prep.storage import Folder
@@ -62,7 +63,13 @@ def find_partition(task: Partition) -> int:
     return len(repeats)
 
 
-def find_cuts(units: Folder, parts: Sequence[int], scratch: Folder, executor: Executor) -> int:
+def find_cuts(
+    units: Folder,
+    parts: Sequence[int],
+    scratch: Folder,
+    executor: Executor,
+    say: Callable[[str], None] = lambda line: None,
+) -> int:
     """Write `cuts/part-N.npy` for each part that has units.
 
     Args:
@@ -70,12 +77,15 @@ def find_cuts(units: Folder, parts: Sequence[int], scratch: Folder, executor: Ex
         parts: numbers of the parts, in order.
         scratch: a folder for what lies between the passes.
         executor: runs the partitions.
+        say: takes a line for the user: what will be needed.
 
     Returns:
         How many units are repeats.
     """
     lengths = [array_length(units, f"{part_stem(part)}.hashes.npy") for part in parts]
     starts = np.cumsum([0, *lengths])
+    wanted = need_units(int(starts[-1]), PARTITION_UNITS, executor.workers)
+    say(f"{starts[-1]:,} units: needs about {megabytes(wanted.memory)} of memory, {megabytes(wanted.disk)} of disk")
     bits = 0
     while starts[-1] >> bits > PARTITION_UNITS:
         bits += 1
