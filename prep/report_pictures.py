@@ -38,8 +38,8 @@ def histogram_picture(histogram: Mapping[str, Any], names: tuple[str, str] = ("m
 
     Returns:
         `bars`, `shades`, `thresholds`, `x_ticks`, `y_ticks`, `crop` (empty height above), `documents`, and `outside`:
-        the share of the documents beyond the thresholds, or None without any (a bin that a threshold cuts is shared
-        out evenly).
+        at least and at most which share of the documents lies beyond the thresholds, None without any. A bin that a
+        threshold cuts is drawn on both sides as `uncertain`: how its documents divide is not known.
     """
     unit, low, high = histogram["unit"], _number(histogram["low"]), _number(histogram["high"])
     total = sum(histogram["counts"])
@@ -48,8 +48,9 @@ def histogram_picture(histogram: Mapping[str, Any], names: tuple[str, str] = ("m
     bins, whole = _bins(histogram["edges"], histogram["counts"], unit)
     named = zip(names, (low, high), strict=True)
     texts = [f"{name} {label(value, unit)}" for name, value in named if value is not None]
-    if whole and high is not None:
-        high = math.floor(high) + 1.0  # the bound itself is allowed: what goes begins at the next number
+    if whole:  # a bound itself is allowed: what goes begins at the next number
+        low = None if low is None else float(math.ceil(low))
+        high = None if high is None else math.floor(high) + 1.0
     limits = [value for value in (low, high) if value is not None]
     first, last = _extent(bins, limits, unit)
     start, stop = _along(first, unit), _along(last, unit)
@@ -63,23 +64,25 @@ def histogram_picture(histogram: Mapping[str, Any], names: tuple[str, str] = ("m
     def height(share: float) -> float:
         return (BOTTOM - TOP) * math.sqrt(share / top)
 
-    bars, outside = [], 0.0
+    bars, least, most = [], 0.0, 0.0
     for lower, upper, count in bins:
         if not count:
             continue
         x, end = place(lower), place(upper)
         cuts = sorted({x, end} | {place(limit) for limit in limits if lower < limit < upper})
         share = count / total
+        uncertain = len(cuts) > 2
         for begin, finish in itertools.pairwise(cuts):
             middle = (begin + finish) / 2
             removed = (low is not None and middle < place(low)) or (high is not None and middle > place(high))
-            outside += removed * share * (finish - begin) / (end - x)
+            least += share if removed and not uncertain else 0.0
             gap = min(0.8, 0.2 * (finish - begin)) if finish == end else 0.0
             tall = max(height(share), 1.0)  # a bin with one document can be seen
             note = f"{_span(lower, upper, histogram['edges'][-1], unit, whole)}: {count:,} = {100 * share:.3g} %"
             bars.append({"x": begin, "width": finish - begin - gap, "y": BOTTOM - tall, "height": tall} | {
-                "removed": removed, "note": note
+                "removed": removed, "uncertain": uncertain, "note": note
             })  # fmt: skip
+        most += share if uncertain or bars[-1]["removed"] else 0.0
     lines = _thresholds(texts, [place(limit) for limit in limits])
     shades = []
     if low is not None and place(low) > LEFT:
@@ -92,7 +95,7 @@ def histogram_picture(histogram: Mapping[str, Any], names: tuple[str, str] = ("m
         "thresholds": lines,
         "x_ticks": _x_ticks(first, last, unit, place),
         "y_ticks": _y_ticks(top, height),
-        "outside": outside if limits else None,
+        "outside": (least, most) if limits else None,
         "documents": total,
         "crop": TOP - 8 if not limits else 13 if all(line["text_y"] > TOP - 10 for line in lines) else 0,
     }
@@ -166,7 +169,7 @@ def _x_ticks(first: float, last: float, unit: str, place: Any) -> list[dict[str,
         digits = (1, 2, 5) if math.log10((last + 1) / (first + 1)) < 2 else (1,)
         values = [0.0] + [float(digit * 10**power) for power in range(13) for digit in digits]
         if math.log10((last + 1) / (first + 1)) < 1:
-            values = _even(first, last, 8)
+            values = [value for value in _even(first, last, 8) if value == int(value)]
     else:
         values = _even(first, last, 5)
     ticks: list[dict[str, Any]] = []

@@ -384,17 +384,25 @@ def test_any_histogram_stays_inside_its_picture(unit, values, low, high):
             apart = before["text_x"] + before["half"] < after["text_x"] - after["half"]
             assert apart or before.get("text_y") != after.get("text_y")
     assert len(picture["x_ticks"]) >= 2
-    assert picture["outside"] is None if low is high is None else -1e-9 <= picture["outside"] <= 1 + 1e-9
+    if low is high is None:
+        assert picture["outside"] is None
+        return
+    outside = sum((low is not None and value < low) or (high is not None and value > high) for value in values)
+    least, most = picture["outside"]
+    at_bounds = sum(value in (low, high) for value in values)  # may stand at the border of a bin
+    if max(values) <= 1 if unit != "count" else all(value == int(value) for value in values):
+        assert least - 1e-9 <= (outside + at_bounds) / len(values)
+        assert outside / len(values) <= most + 1e-9
 
 
 def test_whole_numbers_fall_on_the_right_side():
     values = [0] * 5 + [1] * 4 + [2] * 3 + [3] * 2 + [9] * 6
     picture = histogram_picture(drawn("stop_words", values, "count", low=2))
-    assert picture["outside"] == pytest.approx(9 / 20)
+    assert picture["outside"] == pytest.approx((9 / 20, 9 / 20))
     assert [bar["removed"] for bar in picture["bars"]] == [True, True, False, False, False]
     assert [bar["note"].split(":")[0] for bar in picture["bars"]][:4] == ["0", "1", "2", "3"]
     picture = histogram_picture(drawn("stop_words", values, "count", high=2))  # 2 itself is allowed
-    assert picture["outside"] == pytest.approx(8 / 20)
+    assert picture["outside"] == pytest.approx((8 / 20, 8 / 20))
     assert [line["text"] for line in picture["thresholds"]] == ["max 2"]
 
 
@@ -402,7 +410,8 @@ def test_a_threshold_inside_a_bin_cuts_it():
     picture = histogram_picture(drawn("score", [0.651] * 10, "score", low=0.65))
     (gone, kept) = picture["bars"]
     assert (gone["removed"], kept["removed"]) == (True, False)
-    assert picture["outside"] == pytest.approx(0.5)
+    assert picture["outside"] == (0, 1)
+    assert all(bar["uncertain"] for bar in picture["bars"])
     (line,) = picture["thresholds"]
     assert line["x"] == pytest.approx(kept["x"])
     assert picture["shades"][0]["width"] == pytest.approx(line["x"] - LEFT)
