@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -278,6 +278,7 @@ def test_hostile_texts_stay_texts():
     assert "<script>alert(1)" in printed
 
 
+@settings(deadline=None, max_examples=40)
 @given(st.text(st.characters()))
 def test_any_text_can_be_shown(text):
     shown = visible(text)
@@ -367,6 +368,7 @@ UNITS = st.sampled_from(["share", "count", "score"])
 LIMIT = st.none() | st.floats(0, 1) | st.floats(0, 1e6)
 
 
+@settings(deadline=None)
 @given(UNITS, st.lists(st.floats(0, 1) | st.floats(0, 1e9) | st.integers(0, 50), min_size=1), LIMIT, LIMIT)
 def test_any_histogram_stays_inside_its_picture(unit, values, low, high):
     if low is not None and high is not None and low > high:
