@@ -6,8 +6,8 @@
 
 `filters` is one task: JSONL in, FineWeb's four filters (or one of them), JSONL out. `pipeline` is FineWeb's order with
 a task to each worker: language (en, 0.65) and the four filters; MinHash as FineWeb configures it (14 bands of 8, word
-5-grams, sha1) as signatures, buckets and clusters; then what stays is tokenized. Instead of a file, a folder of .jsonl.zst
-can be given; there should be one file to a worker, since datatrove hands out whole files.
+5-grams, sha1) as signatures, buckets and clusters; then what stays is tokenized. Instead of a file, a folder of
+.jsonl.zst can be given; there should be one file to a worker, since datatrove hands out whole files.
 
 Where it differs from FineWeb's published run, always to datatrove's favour:
 
@@ -16,9 +16,10 @@ Where it differs from FineWeb's published run, always to datatrove's favour:
 * Language: datatrove's own filter downloads lid.176.bin and asks for another build of fastText. `Language` gives the
   same model's compressed form, lid.176.ftz, the same text and threshold, and takes all 176 scores as the original does.
 
-Nothing else is replaced. Shingles are hashed with sha1, FineWeb's choice; datatrove's default, xxhash, fails with xxhash
-4, but would take only some 0.1 s less to a MB of text. English words and sentences come from `spacy.blank("en")` and its rule-based `sentencizer`,
-for which no model is needed; nltk, ftfy and tldextract serve other languages and steps.
+Nothing else is replaced. Shingles are hashed with sha1, which is FineWeb's choice; datatrove's default, xxhash, fails
+with xxhash 4, but would save only some 0.1 s to a MB of text. English words and sentences come from
+`spacy.blank("en")` and its rule-based `sentencizer`, for which no model is needed; nltk, ftfy and tldextract serve
+other languages and steps.
 
 The clock starts when the input is cut and the modules are loaded, but includes the start of the worker processes.
 """
