@@ -4,88 +4,117 @@ A block goes through `pyarrow.json` under an explicit schema: no type is guessed
 takes or refuses a block as a whole, and it is looser than JSON Lines (it reads two objects in one line, skips blank
 lines, and crashes on a bare `null`), so a block goes there only if each of its lines begins with `{`, and its result
 counts only if it has as many rows as the block has lines, no nulls, and valid UTF-8. Any other block is read again line
-by line with `orjson`, and the bad lines are set aside.
+by line with `orjson`, and the bad lines are set aside. Blank lines are no rows, but they count as lines.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
 import pyarrow as pa
 import pyarrow.json
 
-from prep.documents import BLOCK_BYTES, BrokenInput, Columns, Documents, Input, Piece, RowCollector, make_documents
+from prep.documents import (
+    BLOCK_BYTES,
+    DOCUMENT,
+    BrokenInput,
+    Columns,
+    Documents,
+    Input,
+    Piece,
+    RowCollector,
+    make_documents,
+    row_ids,
+)
+from prep.kept_columns import fit
+from prep.storage import open_stream
 from shards.errors import UserError
 
 READ_BYTES = 32 << 10  # compressed bytes handed over at once: fast, and a damaged file loses no more than this
 PIECE_BYTES = 1 << 20  # and well-compressed text comes out in pieces of this size
 MAX_LINE_BYTES = 1 << 30
 HEAD_ROWS, HEAD_BYTES = 100, 1 << 16
-_NEWLINE, _BRACE = 10, 123
+_NEWLINE, _RETURN, _BRACE = 10, 13, 123
 _CACHE = 1 << 18
 
 
-def row_blocks(item: Input, columns: Columns, start: int) -> Iterator[Piece]:
+class _Shape(NamedTuple):
+    """How a file is parsed: columns of text, id (None: by file and line) and those to keep; the documents' schema."""
+
+    text: str
+    key: tuple[str, pa.DataType] | None
+    kept: tuple[pa.Field, ...]
+    schema: pa.Schema
+
+
+def row_blocks(item: Input, columns: Columns, schema: pa.Schema, start: int) -> Iterator[Piece]:
     """Blocks of a file that begin at row `start` or later; rows are lines.
 
     Raises:
         BrokenInput: the stream ends or fails in the middle; the whole lines before it have been given.
     """
-    with item.path.open("rb") as file:
-        key: tuple[str, pa.DataType] | None = None
+    with open_stream(item.path) as file:
+        shape = _Shape(columns.text, None, tuple(schema)[len(DOCUMENT) :], schema)
         row = 0
-        for data in _cut_at_newlines(_decompress(file, item), BLOCK_BYTES):
+        for data in _cut_at_newlines(decompress(file, item), BLOCK_BYTES):
             if row == 0:
                 data = data.removeprefix(b"\xef\xbb\xbf")
-                key = _id_column(data, columns)
-            lines = _line_starts(data)
-            first, row = row, row + len(lines)
+                shape = shape._replace(key=_id_column(data, columns))
+            first, row = row, row + data.count(b"\n") + (not data.endswith(b"\n"))
             if first >= start:
-                yield Piece(partial(_parse, data, lines, item, columns, key, first), len(data), row, file.tell())
+                yield Piece(partial(_parse, data, item, shape, first), len(data), row, file.tell())
 
 
-def check_rows(item: Input, columns: Columns) -> None:
-    """Look at the first rows of a file.
+def check_rows(item: Input, columns: Columns) -> dict[str, pa.DataType]:
+    """The columns in the first rows of a file, and their types.
 
     Raises:
         UserError: a named column is in none of them, or the text is never text; names the columns found.
     """
-    rows: list[dict[str, Any]] = []
-    with item.path.open("rb") as file:
+    with open_stream(item.path) as file:
         try:
-            data = next(_cut_at_newlines(_decompress(file, item), HEAD_BYTES), b"")
+            data = next(_cut_at_newlines(decompress(file, item), HEAD_BYTES), b"")
         except BrokenInput:  # so early that nothing is known; the run reports it
-            return
+            return {}
     if data.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        name = item.path.rpartition("/")[2]
         raise UserError(
             f"{item.path}: this is one JSON array, not JSON Lines (one object per line); "
-            f"convert it with: jq -c '.[]' {item.path.name} > {item.path.name.split('.')[0]}.jsonl"
+            f"convert it with: jq -c '.[]' {name} > {name.split('.')[0]}.jsonl"
         )
-    rows = list(_first_objects(data))
+    rows = list(_first_objects(data.removeprefix(b"\xef\xbb\xbf")))
     if not rows:
-        return
+        return {}
     found = ", ".join(dict.fromkeys(name for row in rows for name in row))
-    for name, option in ((columns.text, "--text-column"), (columns.id, "--id-column")):
-        if name is not None and not any(name in row for row in rows):
-            raise UserError(f"{item.path}: no column '{name}'; columns found: {found}. Name one with {option}")
+    for column, option in ((columns.text, "--text-column"), (columns.id, "--id-column")):
+        if column is not None and not any(column in row for row in rows):
+            raise UserError(f"{item.path}: no column '{column}'; columns found: {found}. Name one with {option}")
     values = [row[columns.text] for row in rows if row.get(columns.text) is not None]
     if values and not any(isinstance(value, str) for value in values):
         raise UserError(
             f"{item.path}: column '{columns.text}' holds {_json_type(values[0])}, not text (the first: "
             f"{json.dumps(values[0])[:60]}); columns found: {found}. Name the text with --text-column"
         )
+    types: dict[str, pa.DataType] = {}
+    for row in rows:
+        for name, value in row.items():
+            known, kind = types.get(name, pa.null()), _arrow_type(value)
+            if pa.types.is_null(known) or (known == pa.int64() and kind == pa.float64()):
+                types[name] = kind
+    return types
 
 
-def _decompress(file: BinaryIO, item: Input) -> Iterator[bytes]:
+def decompress(file: pa.NativeFile, item: Input) -> Iterator[bytes]:
     """The stream of a plain, gzip or zstd file, in pieces; any number of gzip members or zstd frames."""
-    suffix = item.path.suffix.lower()
+    suffix = os.path.splitext(item.path)[1].lower()
     if suffix == ".gz":
         new_decoder: Callable[[], Any] = partial(zlib.decompressobj, wbits=31)
     elif suffix in (".zst", ".zstd"):
@@ -145,63 +174,75 @@ def _line_starts(data: bytes) -> np.ndarray:
     return starts[:-1] if starts[-1] == len(raw) else starts
 
 
-def _parse(
-    data: bytes, lines: np.ndarray, item: Input, columns: Columns, key: tuple[str, pa.DataType] | None, first: int
-) -> Documents:
+def _parse(data: bytes, item: Input, shape: _Shape, first: int) -> Documents:
+    raw, lines = np.frombuffer(data, np.uint8), _line_starts(data)
+    numbers = np.arange(first + 1, first + 1 + len(lines))
+    if not (raw[lines] == _BRACE).all():
+        data, numbers = _without_blank_lines(data, lines, numbers)
+        raw, lines = np.frombuffer(data, np.uint8), _line_starts(data)
     documents = None
-    if (np.frombuffer(data, np.uint8)[lines] == _BRACE).all():
-        documents = _parse_columns(data, len(lines), item, columns, key, first)
-    return documents or _parse_lines(data, item, columns, key, first)
+    if len(lines) and (raw[lines] == _BRACE).all():
+        documents = _parse_columns(data, item, shape, numbers)
+    return documents or _parse_lines(data, item, shape, numbers)
 
 
-def _parse_columns(
-    data: bytes, lines: int, item: Input, columns: Columns, key: tuple[str, pa.DataType] | None, first: int
-) -> Documents | None:
+def _without_blank_lines(data: bytes, lines: np.ndarray, numbers: np.ndarray) -> tuple[bytes, np.ndarray]:
+    """The block without the lines of which nothing but the line's end is there, and the numbers of the others."""
+    raw = np.frombuffer(data, np.uint8)
+    lengths = np.diff(lines, append=len(raw))
+    begins = raw[lines]
+    blank = (begins == _NEWLINE) | ((begins == _RETURN) & (lengths == 2))
+    return raw[np.repeat(~blank, lengths)].tobytes(), numbers[~blank]
+
+
+def _parse_columns(data: bytes, item: Input, shape: _Shape, numbers: np.ndarray) -> Documents | None:
     """The block as columns, or None if it needs a closer look."""
-    schema = pa.schema([(columns.text, pa.string())] + ([key] if key and key[0] != columns.text else []))
+    fields = {shape.text: pa.string(), **{field.name: field.type for field in shape.kept}}
+    if shape.key:
+        fields[shape.key[0]] = pa.string() if shape.key[0] == shape.text else shape.key[1]
+    options = pyarrow.json.ParseOptions(
+        explicit_schema=pa.schema(list(fields.items())), unexpected_field_behavior="ignore"
+    )
     try:
         table = pyarrow.json.read_json(
             pa.BufferReader(data),
             read_options=pyarrow.json.ReadOptions(use_threads=False, block_size=len(data)),
-            parse_options=pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
+            parse_options=options,
         )
         table.validate(full=True)
+        if table.num_rows != len(numbers):
+            return None
+        columns = {name: column.chunk(0) for name, column in zip(fields, table.combine_chunks().columns, strict=True)}
+        texts = columns[shape.text]
+        ids = columns[shape.key[0]].cast(pa.string()) if shape.key else row_ids(item, numbers)
+        if texts.null_count or ids.null_count:
+            return None
+        kept = [columns[field.name].cast(field.type) for field in shape.kept]
     except pa.ArrowInvalid:
         return None
-    if table.num_rows != lines or any(column.null_count for column in table.columns):
-        return None
-    table = table.combine_chunks()
-    texts = table.column(columns.text).chunk(0)
-    if key:
-        ids = table.column(key[0]).chunk(0).cast(pa.string())
-    else:
-        ids = pa.array([f"{item.name}:{row}" for row in range(first + 1, first + 1 + len(texts))], pa.string())
-    return make_documents(item, ids, texts)
+    return make_documents(item, ids, texts, kept, shape.schema)
 
 
-def _parse_lines(
-    data: bytes, item: Input, columns: Columns, key: tuple[str, pa.DataType] | None, first: int
-) -> Documents:
-    rows = RowCollector(item)
-    for number, line in enumerate(data.removesuffix(b"\n").split(b"\n"), first + 1):
+def _parse_lines(data: bytes, item: Input, shape: _Shape, numbers: np.ndarray) -> Documents:
+    rows = RowCollector(item, shape.schema)
+    for number, line in zip(numbers.tolist(), data.removesuffix(b"\n").split(b"\n"), strict=False):
         if not line.strip():
             continue  # a blank line is no row
         try:
             row = _parse_line(line)
-            text = row.get(columns.text)
+            text = row.get(shape.text)
             if text is None:
-                reason = "is null" if columns.text in row else "is missing"
-                raise ValueError(f"column '{columns.text}' {reason}")
+                reason = "is null" if shape.text in row else "is missing"
+                raise ValueError(f"column '{shape.text}' {reason}")
             if not isinstance(text, str):
-                raise ValueError(f"column '{columns.text}' holds {_json_type(text)}, not text")
-            identity = row.get(key[0]) if key else None
+                raise ValueError(f"column '{shape.text}' holds {_json_type(text)}, not text")
+            name = shape.key[0] if shape.key else ""
+            identity = row.get(name) if shape.key else None
             if identity is None:
                 identity = f"{item.name}:{number}"
             elif not isinstance(identity, str) and type(identity) is not int:
-                raise ValueError(
-                    f"id '{key[0] if key else ''}' holds {_json_type(identity)}, not text or a whole number"
-                )
-            rows.add(str(identity), text)
+                raise ValueError(f"id '{name}' holds {_json_type(identity)}, not text or a whole number")
+            rows.add(str(identity), text, [fit(field.name, row.get(field.name), field.type) for field in shape.kept])
         except ValueError as error:
             rows.reject(number, str(error), line)
     return rows.documents()
@@ -249,6 +290,14 @@ def _id_column(data: bytes, columns: Columns) -> tuple[str, pa.DataType] | None:
         if type(row.get(name)) is int:
             return name, pa.int64()
     return (columns.id, pa.string()) if columns.id else None
+
+
+def _arrow_type(value: object) -> pa.DataType:
+    """The type of a column of such values; what is nested is nested, whatever is in it."""
+    if isinstance(value, bool):
+        return pa.bool_()
+    types = {str: pa.string(), int: pa.int64(), float: pa.float64(), type(None): pa.null()}
+    return types.get(type(value), pa.struct([]))
 
 
 def _json_type(value: object) -> str:

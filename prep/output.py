@@ -62,13 +62,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A block, encoded: documents for TRAIN and, if any fell into it, for VAL."""
+    """A block, encoded: documents for TRAIN and, if any fell into it, for VAL; `broken`: why it could not be read."""
 
     parts: dict[str, Part]
     rows: int
     empty: int
     rejected: list[Rejected]
     literal_specials: Counter[str]
+    broken: str | None = None
 
 
 class Output:
@@ -164,7 +165,7 @@ def describe_inputs(inputs: Sequence[Input]) -> dict[str, dict[str, Any]]:
         entry["last"] = item.name
         files, times = digests.setdefault(item.source, (xxhash.xxh3_64(), xxhash.xxh3_64()))
         files.update(f"{item.name}\0{item.size}\n".encode())
-        times.update(f"{item.path.stat().st_mtime_ns}\n".encode())
+        times.update(f"{item.modified}\n".encode())
     for name, (files, times) in digests.items():
         sources[name] |= {"digest": files.hexdigest(), "times": times.hexdigest()}
     return sources

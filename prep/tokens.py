@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from prep.documents import Block, Columns, Input, too_many_bad
+from prep.documents import BLOCK_BYTES, Block, BrokenInput, Columns, Input, too_many_bad
 from prep.encoder import (
     SAMPLE_DOCUMENT,
     SAMPLE_DOCUMENTS,
@@ -137,13 +137,14 @@ def tokenize(
             say(f"going on behind {counts.documents:,} documents that are done")
 
         _check_bad_rows(output, max_bad_rows)
-        blocks = read_blocks(inputs, columns, output.position)
+        blocks = read_blocks(inputs, columns, output.position, whole_group_bytes=2 * BLOCK_BYTES)
         total, done = (sum(item.size for item in files) for files in (inputs, inputs[: output.position.input]))
         with Progress("tokenizing", total, done) as progress, ThreadPoolExecutor(workers) as pool:
             for block, encoded in _in_order(pool, job, blocks, workers):
-                output.take(encoded, block.end, block.broken)
-                if block.broken:
-                    say(f"broken input: {block.broken}")
+                broken = block.broken or encoded.broken
+                output.take(encoded, block.end, broken)
+                if broken:
+                    say(f"broken input: {broken}")
                 _check_bad_rows(output, max_bad_rows)
                 progress.update(block.consumed, counts.text_bytes - earlier_bytes)
 
@@ -179,8 +180,11 @@ class BlockEncoder:
         self.threshold = math.ceil(val_fraction * 2**64)
 
     def __call__(self, block: Block) -> Encoded:
-        """Parse and encode a block."""
-        documents = block.load()
+        """Parse and encode a block; one that cannot be read gives nothing but the reason."""
+        try:
+            documents = block.load()
+        except BrokenInput as error:
+            return Encoded({}, 0, 0, [], Counter(), str(error))
         ids, texts, sources = documents.batch.columns
         parts: dict[str, Part] = {}
         if len(texts):
@@ -238,9 +242,13 @@ def _hash(tokenizer_json: bytes, path: Path) -> str:
 
 def _first_texts(inputs: Sequence[Input], columns: Columns) -> list[str]:
     """What the encoder is checked on; a resumed run checks it on the same documents."""
-    first = next(read_blocks(inputs, columns), None)
-    texts = first.load().batch.column("text").slice(0, SAMPLE_DOCUMENTS) if first else []
-    return [text.as_py()[:SAMPLE_DOCUMENT] for text in texts]
+    for block in read_blocks(inputs, columns, whole_group_bytes=2 * BLOCK_BYTES):
+        try:
+            texts = block.load().batch.column("text").slice(0, SAMPLE_DOCUMENTS)
+        except BrokenInput:
+            continue  # the run reports it
+        return [text.as_py()[:SAMPLE_DOCUMENT] for text in texts]
+    return []
 
 
 def _byte_lengths(texts: pa.Array) -> np.ndarray:

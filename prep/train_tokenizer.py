@@ -20,7 +20,7 @@ from pathlib import Path
 import pyarrow as pa
 import xxhash
 
-from prep.documents import Columns, Rejected, too_many_bad
+from prep.documents import BLOCK_BYTES, BrokenInput, Columns, Rejected, too_many_bad
 from prep.encoder import Encoder
 from prep.progress import Progress
 from prep.sources import check_inputs, find_inputs, read_blocks
@@ -124,8 +124,13 @@ def train_tokenizer(
     rejected: list[Rejected] = []
     rows = bad = read = 0
     with Progress("reading", sum(item.size for item in inputs)) as progress:
-        for block in read_blocks(inputs, columns):
-            documents = block.load()
+        for block in read_blocks(inputs, columns, whole_group_bytes=2 * BLOCK_BYTES):
+            try:
+                documents = block.load()
+            except BrokenInput as error:
+                broken.append(str(error))
+                _check_input(rows, bad, rejected, broken, max_bad_rows, keep_going)
+                continue
             rows, bad = rows + documents.rows, bad + len(documents.rejected)
             rejected += documents.rejected[: SHOWN_REJECTED - len(rejected)]
             broken += [block.broken] if block.broken else []

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prep.documents import START, Columns, Documents, Position
+from prep.documents import START, BrokenInput, Columns, Documents, Position
 from prep.sources import find_inputs, read_blocks
 from prep.train_tokenizer import _train
 
@@ -60,6 +60,11 @@ def read_all(
 ) -> tuple[list[tuple[str, str, str]], list[Documents], list[str]]:
     """All documents (id, text, source), the blocks they came in, and what was broken."""
     blocks = list(read_blocks(find_inputs([str(argument) for argument in arguments]).inputs, columns, start))
-    loaded = [block.load() for block in blocks]
+    loaded, broken = [], [block.broken for block in blocks if block.broken]
+    for block in blocks:
+        try:
+            loaded.append(block.load())
+        except BrokenInput as error:
+            broken.append(str(error))
     rows = [tuple(row.values()) for documents in loaded for row in documents.batch.to_pylist()]
-    return rows, loaded, [block.broken for block in blocks if block.broken]
+    return rows, loaded, broken

@@ -17,9 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prep_data import TEXT, prose, read_all, write_rows
 
+import prep.arrow_columns
 import prep.jsonl
 import prep.parquet
-from prep.documents import Columns, Input, Position
+from prep.arrow_columns import batch_documents, bounded
+from prep.documents import DOCUMENT, Columns, Input, Position
 from prep.sources import check_inputs, find_inputs, read_blocks
 from shards.errors import UserError
 
@@ -234,7 +236,7 @@ def test_parquet_bad_rows(tmp_path):
     rows, blocks, _ = read_all([tmp_path / "a.parquet"])
     assert [row[:2] for row in rows] == [("a.parquet:1", "good"), ("a.parquet:5", "fine")]
     assert [(row.row, row.reason.split(" (")[0]) for row in blocks[0].rejected] == [
-        (2, "not UTF-8"),
+        (2, "column 'text': not UTF-8"),
         (3, "column 'text' is null"),
     ]
     assert (blocks[0].rows, blocks[0].empty) == (5, 1)
@@ -249,8 +251,13 @@ def test_parquet_broken_row_group(tmp_path):
     data[offset : offset + 200] = bytes(200)
     path.write_bytes(data)
     rows, _, broken = read_all([path])
-    assert len(rows) == 600
+    assert [int(row[0].split(":")[1]) for row in rows] == [*range(1, 601), *range(701, 1_001)]
+    assert len(broken) == 1
     assert "row group 6" in broken[0]
+    assert str(path) in broken[0]
+    blocks = list(read_blocks(find_inputs([str(path)]).inputs, Columns(), whole_group_bytes=0))
+    assert sum(block.load().batch.num_rows for block in blocks) == 600
+    assert "row group 6" in (blocks[-1].broken or "")
 
 
 def test_text_files_folders_and_globs(tmp_path):
@@ -294,7 +301,7 @@ def test_what_a_folder_leaves_out_is_told_in_one_line(tmp_path):
     (root / "README.md").write_text("read me")
     for name in ("train.json", "sub/more.json", "sub/most.json"):
         write_rows(root / name, [{"text": "a"}] * 3)
-    for name in ("x.foo", "y.FOO", "LICENSE", "z.csv.gz", ".hidden.foo"):
+    for name in ("x.foo", "y.FOO", "LICENSE", "z.xls.gz", ".hidden.foo"):
         (root / name).write_text("?")
     (root / "linked").symlink_to(elsewhere)
     (root / "sub" / "loop").symlink_to(root)
@@ -302,9 +309,9 @@ def test_what_a_folder_leaves_out_is_told_in_one_line(tmp_path):
     inputs, (left_out,) = find_inputs([str(root)])
     assert [item.name for item in inputs] == ["corpus/README.md"]
     assert left_out.counts() == {
-        ".csv.gz": 1,
         ".foo": 2,
         ".json": 3,
+        ".xls.gz": 1,
         "link to nowhere": 1,
         "linked folder": 2,
         "no suffix": 1,
@@ -359,9 +366,12 @@ def test_parquet_rows_that_are_far_too_large(tmp_path, monkeypatch):
     path = tmp_path / "a.parquet"
     texts = ["a", "b" * 5_000, "c", "d" * 500, "e" * 500, "f"]
     pq.write_table(pa.table({"text": pa.array(texts, pa.large_string())}), path)
-    monkeypatch.setattr(prep.parquet, "MAX_BATCH_BYTES", 800)
-    monkeypatch.setattr(prep.parquet, "MAX_DOCUMENT_BYTES", 4_000)
-    rows, blocks, _ = read_all([path])
+    monkeypatch.setattr(prep.arrow_columns, "MAX_BATCH_BYTES", 800)
+    monkeypatch.setattr(prep.arrow_columns, "MAX_DOCUMENT_BYTES", 4_000)
+    blocks = [
+        block.load() for block in read_blocks(find_inputs([str(path)]).inputs, Columns(), whole_group_bytes=1_000)
+    ]
+    rows = [tuple(row.values()) for documents in blocks for row in documents.batch.to_pylist()]
     assert [row[:2] for row in rows] == [(f"a.parquet:{n}", text) for n, text in enumerate(texts, 1) if n != 2]
     (rejected,) = [row for block in blocks for row in block.rejected]
     assert rejected.row == 2
@@ -374,10 +384,10 @@ def test_more_than_2_gb_in_a_batch_is_no_traceback(tmp_path):
     offsets = pa.py_buffer(np.arange(4, dtype=np.int64) << 30)
     texts = pa.Array.from_buffers(pa.large_string(), 3, [None, offsets, zeros])
     batch = pa.RecordBatch.from_arrays([texts], names=["text"])
-    item = Input(tmp_path / "a.parquet", "a.parquet", "a", "parquet", 0)
+    item = Input(str(tmp_path / "a.parquet"), "a.parquet", "a", "parquet", 0)
     with pytest.raises(UserError, match=r"a\.parquet: rows 8 to 10 cannot be taken as text.*smaller row groups"):
-        prep.parquet._documents(batch, item, Columns(), None, 7)
-    assert [part.num_rows for part in prep.parquet._bounded(batch)] == [1, 1, 1]
+        batch_documents(batch, item, Columns(), None, DOCUMENT, np.arange(8, 11))
+    assert [part.num_rows for part in bounded(batch)] == [1, 1, 1]
 
 
 def check(*arguments: str | Path, columns: Columns = TEXT) -> None:
