@@ -190,8 +190,10 @@ def judge(texts: dict[str, list[str]], folder: Path) -> list[Judged]:
                     row = {"id": f"{label}/{length}/{number}", "text": text[:length] if length else text}
                     file.write(json.dumps(row) + "\n")
     out = folder / "out"
-    command = ["-m", "prep.cli", "filter", str(source), "--language", f"en:{THRESHOLD}", "--out", str(out)]
-    subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "prep.cli", "filter", str(source), "--language", f"en:{THRESHOLD}"]
+    done = subprocess.run([*command, "--language-columns", "--out", str(out)], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"minigpt-prep filter failed: {done.stderr.strip()}")
     columns = ["id", "language", "language_score"]
     files = sorted([*out.glob("part-*.parquet"), *out.glob("rejected/part-*.parquet")])
     rows = pa.concat_tables([pq.read_table(path, columns=columns) for path in files]).to_pylist()
