@@ -39,11 +39,11 @@ from prep.dedup.clusters import (
 )
 from prep.dedup.exact import find_copies
 from prep.dedup.passes import DECISIONS
-from prep.dedup.settings import GUARD_DOCUMENTS, Settings
+from prep.dedup.settings import DedupSettings
 from prep.executors import Executor
+from prep.stage_folder import guard
 from prep.stages import BINS
 from prep.storage import Folder
-from shards.errors import UserError
 
 RANKS, EDGES, DECIDED = "ranks.npy", "edges", "decisions"
 CANDIDATES, REFERENCE_CANDIDATES = "candidates", "reference-candidates"
@@ -117,7 +117,7 @@ class Found(NamedTuple):
     verified: int
 
 
-def find_exact(corpus: Corpus, settings: Settings, scratch: Folder) -> tuple[np.ndarray, np.ndarray]:
+def find_exact(corpus: Corpus, settings: DedupSettings, scratch: Folder) -> tuple[np.ndarray, np.ndarray]:
     """Exact copies; writes the ranks of the documents that are none for the bands.
 
     Returns:
@@ -149,7 +149,7 @@ def find_band(band: Band) -> int:
 
 def find_near(
     corpus: Corpus,
-    settings: Settings,
+    settings: DedupSettings,
     scratch: Folder,
     executor: Executor,
     ranks: np.ndarray,
@@ -193,7 +193,7 @@ def find_near(
 
 def find_duplicates(
     corpus: Corpus,
-    settings: Settings,
+    settings: DedupSettings,
     scratch: Folder,
     executor: Executor,
     shingle: Callable[[Sequence[PartArrays]], Sequence[PartArrays]],
@@ -219,7 +219,7 @@ def write_candidates(corpus: Corpus, documents: np.ndarray, scratch: Folder) -> 
     return held
 
 
-def check_removed(corpus: Corpus, keeper: np.ndarray, settings: Settings) -> None:
+def check_removed(corpus: Corpus, keeper: np.ndarray, settings: DedupSettings, out: Folder) -> None:
     """Stop where a source would lose too much.
 
     Raises:
@@ -232,30 +232,7 @@ def check_removed(corpus: Corpus, keeper: np.ndarray, settings: Settings) -> Non
         entry = sources.setdefault(part.source, [0, 0])
         entry[0] += part.documents
         entry[1] += int(gone[begin:end].sum())
-    guard(sources, settings.max_removed)
-
-
-def guard(sources: dict[str, list[int]], max_removed: float) -> None:
-    """Stop where a source of [documents, removed] lost too much; as `check_removed`."""
-    over = [
-        name
-        for name, (documents, removed) in sources.items()
-        if documents >= GUARD_DOCUMENTS and removed > max_removed * documents
-    ]
-    if not over:
-        return
-    width = max(6, *map(len, sources))
-    rows = [f"  {'source':<{width}}  {'documents':>13}  {'duplicates':>13}"]
-    for name, (documents, removed) in sources.items():
-        mark = "  <-" if name in over else ""
-        rows.append(f"  {name:<{width}}  {documents:>13,}  {removed:>13,}  {removed / max(documents, 1):>7.1%}{mark}")
-    table = "\n".join(rows)
-    needed = max(sources[name][1] / sources[name][0] for name in over)
-    raise UserError(
-        f"dedup would remove more than {max_removed:.0%} of the documents of {', '.join(over)}:\n{table}\n"
-        f"Nothing was removed. If that is right (look at --explain and the audit table), allow it with "
-        f"--max-removed {min(np.ceil(needed * 100) / 100, 1):g}"
-    )
+    guard(sources, settings.max_removed, "dedup", out.path(AUDIT))
 
 
 def write_decisions(corpus: Corpus, found: Found, scratch: Folder, out: Folder) -> None:
@@ -291,7 +268,7 @@ def write_decisions(corpus: Corpus, found: Found, scratch: Folder, out: Folder) 
             audit.write_table(pa.table([ids, source, *columns, method, cluster], schema=AUDIT_COLUMNS))
 
 
-def summarise(corpus: Corpus, found: Found, settings: Settings) -> dict[str, Any]:
+def summarise(corpus: Corpus, found: Found, settings: DedupSettings) -> dict[str, Any]:
     """The entry `dedup` of report.json."""
     keeper, similarity = found.duplicates
     gone = keeper != np.arange(len(keeper))

@@ -19,7 +19,7 @@ from prep.dedup.arrays import load_array, part_stem
 from prep.dedup.exact import make_digests
 from prep.dedup.minhash import SHINGLE_WORDS, make_band_keys, make_shingles, make_signatures, permutations
 from prep.dedup.paragraphs import cut_units, unit_hashes
-from prep.dedup.settings import VERSION, Settings
+from prep.dedup.settings import VERSION, DedupSettings
 from prep.stages import NOTHING_ADDED, Tally, replace_text
 from prep.storage import Folder
 from shards.errors import UserError
@@ -36,7 +36,7 @@ class Signatures:
     first document stays; ids, their UTF-8 bytes, and id_sizes, int32 [n].
     """
 
-    settings: Settings
+    settings: DedupSettings
     name: str = SIGNATURES
 
     def describe(self) -> dict[str, Any]:
@@ -63,7 +63,7 @@ class Signatures:
 class UnitHashes:
     """Product of the pass before paragraphs or lines are cut: hashes, uint64 [units that are long enough]."""
 
-    settings: Settings
+    settings: DedupSettings
     name: str = UNITS
 
     def describe(self) -> dict[str, Any]:
@@ -175,7 +175,7 @@ class CutRepeats:
 
     part: int
     folder: Folder
-    settings: Settings
+    settings: DedupSettings
     name: str = STAGE
     adds: pa.Schema = NOTHING_ADDED
     _repeated: np.ndarray | None = field(default=None, repr=False)
@@ -224,7 +224,7 @@ def _ids(ids: pa.Array) -> dict[str, np.ndarray]:
     return {"ids": raw[ends[0] : ends[-1]], "id_sizes": np.diff(ends)}
 
 
-def _best(batch: pa.RecordBatch, settings: Settings) -> np.ndarray:
+def _best(batch: pa.RecordBatch, settings: DedupSettings) -> np.ndarray:
     """What the keeper policy compares, float64; NaN where it is null."""
     if settings.column is None:
         return pc.binary_length(batch.column("text")).to_numpy().astype(np.float64)

@@ -36,7 +36,7 @@ from prep.dedup.decide import (
 from prep.dedup.explain import megabytes, need
 from prep.dedup.passes import ChooseRows, CutRepeats, RemoveDuplicates, Shingles, Signatures, UnitHashes
 from prep.dedup.repeats import CUTS, REPEATS, find_cuts
-from prep.dedup.settings import Settings
+from prep.dedup.settings import DedupSettings
 from prep.executors import Executor
 from prep.parts import Job, Part, read_state, run_part
 from prep.stages import Product, Stage
@@ -83,14 +83,14 @@ class Removal:
     report: dict[str, Any]
 
 
-def product(settings: Settings) -> Product:
+def product(settings: DedupSettings) -> Product:
     """What pass 1 has to compute."""
     return UnitHashes(settings) if settings.level else Signatures(settings)
 
 
 def find_removal(
     documents: FirstPass,
-    settings: Settings,
+    settings: DedupSettings,
     scratch: Folder,
     out: Folder,
     executor: Executor,
@@ -113,7 +113,8 @@ def find_removal(
         What pass 2 is to do.
 
     Raises:
-        UserError: a source would lose more than `settings.max_removed`.
+        UserError: a source would lose more than `settings.max_removed`; the audit table is there to be looked at. For
+            repeated units that is known only after pass 2.
     """
     digest = _plan(documents, settings, reference)
     _open_scratch(scratch, digest)
@@ -130,6 +131,7 @@ def find_removal(
     say(f"{total:,} documents: needs about {megabytes(wanted.memory)} of memory, {megabytes(wanted.disk)} of disk")
 
     def shingle(held: Sequence[PartArrays]) -> list[PartArrays]:
+        say(f"{sum(part.documents for part in held):,} documents are candidates, to be verified")
         made = []
         for what, rows, name in (
             (reference, REFERENCE_CANDIDATES, REFERENCE_SHINGLED),
@@ -141,8 +143,8 @@ def find_removal(
         return made
 
     found = find_duplicates(corpus, settings, scratch, executor, shingle)
-    check_removed(corpus, found.duplicates.keeper, settings)
     write_decisions(corpus, found, scratch, out)
+    check_removed(corpus, found.duplicates.keeper, settings, out)
     remove = partial(RemoveDuplicates, folder=scratch.child(DECIDED), threshold=settings.threshold)
     return Removal(remove, digest, summarise(corpus, found, settings))
 
@@ -160,7 +162,7 @@ def clear_scratch(scratch: Folder) -> None:
                 folder.remove(file)
 
 
-def _plan(documents: FirstPass, settings: Settings, reference: FirstPass | None) -> str:
+def _plan(documents: FirstPass, settings: DedupSettings, reference: FirstPass | None) -> str:
     made_of = [
         [[state["key"], state["digest"], state["kept_documents"]] for state in what.states] if what else None
         for what in (documents, reference)
@@ -179,8 +181,9 @@ def _shingle(
     documents: FirstPass, held: Sequence[PartArrays], rows: Folder, folder: Folder, digest: str, executor: Executor
 ) -> list[PartArrays]:
     """A pass over the parts that hold candidates; parts that are done are not done again."""
-    job = Job(folder, documents.schema, (), Shingles(), writes=False, removal=partial(ChooseRows, folder=rows))
-    digest = f"{digest}-{job.digest()}"
+    choose = partial(ChooseRows, folder=rows)
+    job = Job(folder, documents.schema, (), Shingles(), writes=False, removal=choose, removal_digest=digest)
+    digest = job.digest()
     wanted = {part.number for part in held}
     done = {number for number in wanted if (state := read_state(folder, number)) and state["digest"] == digest}
     todo = (part for part in documents.parts() if part.number in wanted - done) if wanted - done else ()
@@ -189,7 +192,7 @@ def _shingle(
     return [part._replace(folder=folder.child(job.product.name)) for part in held if job.product]
 
 
-def _units_report(documents: FirstPass, settings: Settings, repeats: int) -> dict[str, Any]:
+def _units_report(documents: FirstPass, settings: DedupSettings, repeats: int) -> dict[str, Any]:
     return {
         "method": settings.method,
         "threshold": settings.max_cut,

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
+
+from pydantic import Field, field_validator
 
 from prep.dedup.minhash import BANDS, PERMUTATIONS, ROWS, SEED
 from prep.dedup.paragraphs import MAX_CUT, MIN_CHARACTERS
-from shards.errors import UserError, unknown_name
+from shards.errors import unknown_name
+from shards.settings import Settings
 
 Method = Literal["exact", "minhash", "paragraph", "line"]
 METHODS: tuple[str, ...] = get_args(Method)
 KEEPERS = ("first", "longest", "highest:COLUMN")
 HIGHEST = "highest:"
 THRESHOLD = 0.8
-MAX_REMOVED, GUARD_DOCUMENTS = 0.5, 1_000
 VERSION = 1  # raise it when the same settings remove other documents than before
 
 
-@dataclass(frozen=True)
-class Settings:
+class DedupSettings(Settings):
     """Options of a deduplication.
 
     Attributes:
@@ -32,36 +32,31 @@ class Settings:
         min_characters: shorter paragraphs and lines are never cut.
         max_cut: a document that loses more than this share of its characters is dropped.
         max_removed: a source that would lose more than this share of its documents stops the run.
-
-    Raises:
-        UserError: a value that cannot be.
     """
 
     method: Method = "minhash"
-    threshold: float = THRESHOLD
-    bands: int = BANDS
-    rows: int = ROWS
-    seed: int = SEED
+    threshold: float = Field(THRESHOLD, gt=0, le=1)
+    bands: int = Field(BANDS, ge=1)
+    rows: int = Field(ROWS, ge=1)
+    seed: int = Field(SEED, ge=0, lt=2**32)
     keep: str = "first"
-    min_characters: int = MIN_CHARACTERS
-    max_cut: float = MAX_CUT
-    max_removed: float = MAX_REMOVED
+    min_characters: int = Field(MIN_CHARACTERS, ge=1)
+    max_cut: float = Field(MAX_CUT, ge=0, le=1)
+    max_removed: float = Field(0.5, ge=0, le=1)
 
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise UserError(f"dedup: {unknown_name('method', self.method, METHODS)}")
-        if self.keep not in KEEPERS[:2] and not (self.keep.startswith(HIGHEST) and self.keep[len(HIGHEST) :]):
-            raise UserError(f"dedup: {unknown_name('keeper policy', self.keep, KEEPERS)}")
-        for name in ("threshold", "max_cut", "max_removed"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"dedup: {name} is {getattr(self, name):g}; it is a share, from 0 to 1")
-        if self.threshold == 0:
-            raise UserError("dedup: threshold is 0; every document would be a duplicate of every other, take 0.5 to 1")
-        for name in ("bands", "rows", "min_characters"):
-            if getattr(self, name) < 1:
-                raise UserError(f"dedup: {name} is {getattr(self, name)}; it must be 1 or more")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"dedup: seed is {self.seed}; it must be from 0 to 2^32 - 1")
+    @field_validator("method", mode="before")
+    @classmethod
+    def _known_method(cls, value: Any) -> Any:
+        if value not in METHODS:
+            raise ValueError(unknown_name("method", str(value), METHODS))
+        return value
+
+    @field_validator("keep")
+    @classmethod
+    def _known_keeper(cls, value: str) -> str:
+        if value not in KEEPERS[:2] and not (value.startswith(HIGHEST) and value[len(HIGHEST) :]):
+            raise ValueError(unknown_name("keeper policy", value, KEEPERS))
+        return value
 
     @property
     def column(self) -> str | None:
@@ -87,4 +82,4 @@ class Settings:
             left_out |= {"min_characters", "max_cut"}
         if self.method == "exact":
             left_out |= {"threshold", "bands", "rows", "seed"}
-        return {"version": VERSION, **{name: value for name, value in asdict(self).items() if name not in left_out}}
+        return {"version": VERSION, **self.model_dump(exclude=left_out)}
