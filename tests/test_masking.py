@@ -88,7 +88,7 @@ LEFT = [
     "Section 11.20.3.4, see §11.20.3.4 and Table 11.20.3.4",
     "1.2.3.4 8.8.8.8 1.1.1.1",
     "11.20.3.4.5 1.11.20.3.4 256.11.20.3 11.20.3.04 011.20.3.4 1111.20.3.4 11.20.3",
-    "Chrome/11.20.3.4 lib-11.20.3.4.tar.gz lib_11.20.3.4 11.20.3.4-rc1 11.20.3.4a",
+    "Chrome/11.20.3.4 lib-11.20.3.4.tar.gz lib_11.20.3.4 11.20.3.4-rc1 11.20.3.4a 11.20.3.4.v3",
     "pkg==11.20.3.4 pkg>=11.20.3.4 '~> 11.20.3.4' ^11.20.3.4",
     # IPv6
     "::1 fe80::1 fc00::1 fd12:3456::1 ff02::1 2001:db8::1 2001:db8:0:1::2 3fff::1 2600:: 2a00:1450::/32",
@@ -107,6 +107,7 @@ LEFT = [
     'tokenizer = "9fK2mQ8xLr7TzB4nWc6V" author = "9fK2mQ8xLr7TzB4nWc6V" name = "9fK2mQ8xLr7TzB4nWc6V"',
     'token_url = "https://host.org/v1/abc9fK2mQ8x" pwd = "/home/ann1/project" secret_file = "conf/secret-2021.json"',
     "PASSWORD=hunter22x!",
+    'if path == "api/token":\n    result = "9fK2mQ8xLr7TzB4nWc6V"',
 ]
 
 

@@ -63,7 +63,7 @@ _VERSION_WORDS = frozenset(
 # what stands before a number, read backwards: the word, and the signs that pin or continue a version
 _WORD_BEFORE = re.compile(r"[.:#\s]{0,3}([A-Za-z]+)")
 _VERSION_BEFORE = re.compile(r"\s?=[<>~!]|==|\s?>~|\^|\s{0,2}§|\.[0-9]|[-/][A-Za-z_]")
-_VERSION_BEHIND = re.compile(r"\.[0-9]|-[A-Za-z]")
+_VERSION_BEHIND = re.compile(r"\.v?[0-9]|-[A-Za-z]")
 _CONTEXT, _DIGITS = 24, frozenset("0123456789")
 _IPV6 = re.compile(r"[23][0-9A-Fa-f]{3}(?::[0-9A-Fa-f]{0,4}){1,8}(?:(?:\.[0-9]{1,3}){3})?", re.ASCII)
 

@@ -41,7 +41,7 @@ VALUE = re.compile(r"[=:]>?\s{0,4}([\"'`])([^\s\"'`]{8,200})\1", re.ASCII)
 NAME_BEFORE = re.compile(
     r"(?:passw(?:or)?d|pwd|(?P<key>secret|token(?!iz)|credential|auth(?!or)"
     r"|(?:api|access|private|signing|encryption)[_-]?key))"
-    r"\w{0,20}[\"']?\s{0,4}(?::\s{0,2}[\w\[\]. |]{1,30})?[=:]?\Z",
+    r"\w{0,20}[\"']?[ \t]{0,4}(?::[ \t]{0,2}[\w\[\]. |]{1,30})?[=:]?\Z",
     re.ASCII | re.IGNORECASE,
 )
 LOOK_BACK = 80
