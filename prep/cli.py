@@ -1,55 +1,33 @@
-"""`minigpt-prep`: raw text to token shards."""
+"""`minigpt-prep`: raw text to clean documents and token shards."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from prep import cli_documents, cli_recipe
+from prep.cli_options import IdColumn, Inputs, KeepGoing, MaxBadRows, TextColumn, print_table, say
 from shards.errors import run_command
 
 if TYPE_CHECKING:
     from prep.tokens import Summary
 
 app = typer.Typer(
-    help="Raw text to token shards. Start with `minigpt-prep tokenize --help`.",
+    help="Raw text to clean documents and token shards. Start with `minigpt-prep run --help`.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
 
-Inputs = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="INPUT…",
-        help="Files, globs ('data/*.jsonl.zst') and folders (searched recursively): JSON Lines (.jsonl .ndjson .json, "
-        "plain or .gz or .zst), Parquet, and text files (.txt .md .py …; one file is one document). What else a folder "
-        "holds is left out and counted; so is .json beside text files.",
-        show_default=False,
-    ),
-]
-TextColumn = Annotated[str, typer.Option(help="Column or key that holds the text.")]
-IdColumn = Annotated[
-    str | None,
-    typer.Option(help="Column or key with the document's id; default: 'id' where there is one, else FILE:ROW."),
-]
-MaxBadRows = Annotated[
-    float, typer.Option(min=0, max=1, help="Stop when more than this share of the rows, from 1,000 rows on, is bad.")
-]
-KeepGoing = Annotated[
-    bool, typer.Option("--keep-going", help="Finish although a file is broken in the middle (a truncated .gz).")
-]
-
 
 @app.callback()
 def commands() -> None:
-    """Raw text to token shards. Start with `minigpt-prep tokenize --help`."""
+    """Raw text to clean documents and token shards. Start with `minigpt-prep run --help`."""
 
 
-@app.command()
 def tokenize(
     inputs: Inputs,
     tokenizer: Annotated[Path, typer.Option("--tokenizer", "-t", help="A tokenizer.json, or a folder that holds one.")],
@@ -118,7 +96,7 @@ def tokenize(
         max_bad_rows=max_bad_rows,
         keep_going=keep_going,
         overwrite=overwrite,
-        say=_say,
+        say=say,
     )
     if summary.up_to_date:
         print(f"{out}: up to date ({summary.counts.documents:,} documents, {summary.counts.tokens:,} tokens)")
@@ -126,7 +104,6 @@ def tokenize(
         _print_summary(out, summary)
 
 
-@app.command()
 def train_tokenizer(
     inputs: Inputs,
     out: Annotated[Path, typer.Option("--out", "-o", help="The tokenizer.json to write.")],
@@ -172,7 +149,7 @@ def train_tokenizer(
         id_column=id_column,
         max_bad_rows=max_bad_rows,
         keep_going=keep_going,
-        say=_say,
+        say=say,
     )
     rows = [
         ("tokenizer", str(out)),
@@ -184,11 +161,7 @@ def train_tokenizer(
         ("broken files", "; ".join(report.broken) or "none"),
         ("time", f"{report.seconds:.1f} s"),
     ]
-    _print_table(rows)
-
-
-def _say(line: str) -> None:
-    print(f"note: {line}", file=sys.stderr)
+    print_table(rows)
 
 
 def _print_summary(out: Path, summary: Summary) -> None:
@@ -209,7 +182,7 @@ def _print_summary(out: Path, summary: Summary) -> None:
         ("time", f"{summary.seconds:.1f} s, {summary.done_bytes / summary.seconds / 1e6:,.0f} MB/s of text"),
         ("backend", summary.train.backend),
     ]
-    _print_table(rows)
+    print_table(rows)
 
 
 def _list_left_out(folders: list[dict[str, Any]]) -> str:
@@ -217,10 +190,15 @@ def _list_left_out(folders: list[dict[str, Any]]) -> str:
     return ", ".join(kinds) or "none"
 
 
-def _print_table(rows: list[tuple[str, str]]) -> None:
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        print(f"{name:<{width}}  {value}")
+# In the order of --help.
+app.command("run")(cli_recipe.run)
+app.command("filter")(cli_documents.filter_documents)
+app.command("dedup")(cli_documents.dedup)
+app.command("decontaminate")(cli_documents.decontaminate)
+app.command("tokenize")(tokenize)
+app.command("sample")(cli_recipe.sample)
+app.command("train-tokenizer")(train_tokenizer)
+app.command("train-classifier")(cli_recipe.train_classifier)
 
 
 def main() -> None:

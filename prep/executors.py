@@ -53,8 +53,13 @@ def open_executor(name: str = "local", workers: int = 0, address: str | None = N
         raise UserError(f"--executor: {unknown_name('executor', name, EXECUTORS)}")
     if name == "ray":
         return RayExecutor(workers, address)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return LocalExecutor(workers or cores or 1)
+    return LocalExecutor(workers or count_cores())
+
+
+def count_cores() -> int:
+    """Cores that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS has none
+    return cores or 1
 
 
 class LocalExecutor:

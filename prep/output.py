@@ -35,6 +35,10 @@ _REJECTED_ROWS = pa.schema(
 )
 
 
+class OtherRun(UserError):
+    """The folder holds what a run with other input or other options has made."""
+
+
 @dataclass
 class Counts:
     """What a run has seen so far; `tokens` has EOS and BOS in it."""
@@ -222,7 +226,7 @@ def _find_state(out: Path, run: dict[str, Any], overwrite: bool) -> dict[str, An
         raise UserError(
             f"{out}: holds a dataset that no tokenize run made here; choose another --out or add --overwrite"
         )
-    raise UserError(
+    raise OtherRun(
         f"{out}: was made from other input or with other options; {_differences(before, run)}. "
         f"Choose another --out, or add --overwrite to replace it"
     )

@@ -15,12 +15,13 @@ A part whose state names the same input and the same steps is done, and is not d
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import orjson
@@ -28,8 +29,8 @@ import pyarrow as pa
 import xxhash
 
 from prep.characters import UNICODE_VERSION
-from prep.documents import START, Block, BrokenInput, Columns, Documents, Input, Position, Rejected
-from prep.part_writer import PartWriter
+from prep.documents import BLOCK_BYTES, START, Block, BrokenInput, Columns, Documents, Input, Position, Rejected
+from prep.part_writer import Format, PartWriter, read_part
 from prep.sources import read_blocks
 from prep.stages import REASON_COLUMNS, Product, Stage, Step, Tally, run_steps, text_bytes
 from prep.storage import Folder
@@ -38,7 +39,6 @@ MIN_PART_BYTES, MAX_PART_BYTES = 4 << 20, 64 << 20
 PARTS_WANTED = 64  # of a small input: enough to keep many workers busy to the end
 ENGINE_VERSION = 1  # raise it when the same steps write other bytes than before
 REJECTED, STATE = "rejected", "state"
-Format = Literal["parquet", "jsonl.zst"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Part:
 
     number: int
     source: str
-    blocks: list[Block] = field(repr=False)
+    blocks: Iterable[Block] = field(repr=False)
     size: int
     key: str
     consumed: int
@@ -65,6 +65,7 @@ class Job:
         writes: whether documents are written; a pass may be there for its product alone.
         format: of the documents.
         removal: makes the first stage of a part from its number (the removal of duplicates knows documents by place).
+        removal_digest: what that stage depends on.
     """
 
     folder: Folder
@@ -74,6 +75,7 @@ class Job:
     writes: bool = True
     format: Format = "parquet"
     removal: Callable[[int], Stage] | None = None
+    removal_digest: str | None = None
 
     def describe(self) -> dict[str, Any]:
         """All that the output of a part depends on, beside the part."""
@@ -84,6 +86,7 @@ class Job:
             "steps": [
                 {"stage": step.stage.name, "sources": step.sources, **step.stage.describe()} for step in self.steps
             ],
+            "removal": self.removal_digest,
             "product": self.product.describe() if self.product else None,
             "format": self.format if self.writes else None,
         }
@@ -110,27 +113,85 @@ def part_bytes(total: int) -> int:
     return size
 
 
-def cut_parts(inputs: Sequence[Input], columns: Columns, schema: pa.Schema) -> Iterator[Part]:
-    """Cut the inputs into parts, in order."""
-    size = part_bytes(sum(item.size for item in inputs))
+@dataclass(frozen=True)
+class Files:
+    """Files that are read in the same way: which columns, and the schema of the documents that come out."""
+
+    inputs: Sequence[Input]
+    columns: Columns
+    schema: pa.Schema
+
+    @property
+    def size(self) -> int:
+        """Bytes, as they lie on the disk."""
+        return sum(item.size for item in self.inputs)
+
+
+def cut_parts(groups: Sequence[Files]) -> Iterator[Part]:
+    """Cut files into parts, in order."""
+    size = part_bytes(sum(group.size for group in groups))
     number, consumed = 0, 0
-    for source, run in groupby(inputs, key=lambda item: item.source):
-        files = list(run)
-        begin = START
-        blocks: list[Block] = []
-        filled = 0
-        for block in read_blocks(files, columns, schema=schema):
-            if blocks and filled + block.size > size:
-                key = _key(files, begin, blocks[-1].end)
+    for group in groups:
+        for source, run in groupby(group.inputs, key=lambda item: item.source):
+            files = list(run)
+            begin = START
+            for blocks in _gather(read_blocks(files, group.columns, schema=group.schema), size):
+                filled, end = sum(block.size for block in blocks), blocks[-1].end
+                key = _key(files, group.columns, begin, end)
                 yield Part(number, source, blocks, filled, key, consumed + blocks[-1].consumed)
-                begin, number, blocks, filled = blocks[-1].end, number + 1, [], 0
-            blocks.append(block)
-            filled += block.size
-        if blocks:
-            key = _key(files, begin, blocks[-1].end)
-            yield Part(number, source, blocks, filled, key, consumed + blocks[-1].consumed)
-            number += 1
-        consumed += sum(item.size for item in files)
+                number, begin = number + 1, end
+                del blocks
+            consumed += sum(item.size for item in files)
+
+
+def written_parts(folder: Folder, states: Sequence[dict[str, Any]], schema: pa.Schema) -> Iterator[Part]:
+    """The documents that a pass has written, one part for each of its parts."""
+    consumed = 0
+    for state in states:
+        consumed += state["kept_bytes"]
+        key = xxhash.xxh3_128_hexdigest(f"{state['key']} {state['digest']}".encode())
+        blocks = WrittenBlocks(folder, part_name(state["number"]), schema)
+        yield Part(state["number"], state["source"], blocks, state["kept_bytes"], key, consumed)
+
+
+@dataclass(frozen=True)
+class WrittenBlocks:
+    """Blocks of about 4 MB of a part that a pass has written; read where they are used."""
+
+    folder: Folder
+    name: str
+    schema: pa.Schema
+
+    def __iter__(self) -> Iterator[Block]:
+        for group in read_part(self.folder, self.name, schema=self.schema):
+            for batch in split_batch(group):
+                yield Block(partial(_documents, conform(batch, self.schema)), batch.nbytes, START, 0)
+
+
+def _documents(batch: pa.RecordBatch) -> Documents:
+    return Documents(batch, rows=batch.num_rows)
+
+
+def split_batch(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    """Slices of about 4 MB, which stay in the processor's cache from one stage to the next."""
+    rows = max(1, batch.num_rows * BLOCK_BYTES // max(batch.nbytes, 1))
+    for start in range(0, batch.num_rows, rows):
+        yield batch.slice(start, rows)
+
+
+def _gather(blocks: Iterable[Block], size: int) -> Iterator[list[Block]]:
+    """Consecutive blocks that hold no more than `size` bytes of text together, or one block alone."""
+    gathered: list[Block] = []
+    filled = 0
+    for block in blocks:
+        if gathered and filled + block.size > size:
+            yield gathered
+            gathered, filled = [], 0
+        gathered.append(block)
+        filled += block.size
+        del block
+    if gathered:
+        yield gathered
 
 
 def run_part(job: Job, digest: str, part: Part) -> dict[str, Any]:
@@ -151,7 +212,7 @@ def run_part(job: Job, digest: str, part: Part) -> dict[str, Any]:
             counted["malformed"] += len(documents.rejected)
             counted["documents"] += documents.batch.num_rows
             counted["bytes"] += text_bytes(documents.batch)
-            batch = run_steps(documents.batch, steps, part.source, tallies)
+            batch = run_steps(conform(documents.batch, job.schema), steps, part.source, tallies)
             rejects.take(documents.rejected, tallies)
             counted["kept_documents"] += batch.num_rows
             counted["kept_bytes"] += text_bytes(batch)
@@ -253,8 +314,8 @@ def _malformed(rows: Sequence[Rejected], source: str) -> pa.RecordBatch:
     return pa.RecordBatch.from_pydict({name: pa.array(values, pa.string()) for name, values in columns.items()})
 
 
-def _key(files: Sequence[Input], begin: Position, end: Position) -> str:
-    """Which rows of which files: names, sizes and times of change of the files, and the border rows."""
+def _key(files: Sequence[Input], columns: Columns, begin: Position, end: Position) -> str:
+    """Which rows of which files: names, sizes and times of change of the files, the border rows, the columns read."""
     touched = files[begin.input : end.input + (end.row > 0)]
     what = [[item.name, item.size, item.modified] for item in touched]
-    return xxhash.xxh3_128_hexdigest(orjson.dumps([what, begin.row, end.row]))
+    return xxhash.xxh3_128_hexdigest(orjson.dumps([what, begin.row, end.row, list(columns)]))

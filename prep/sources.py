@@ -19,7 +19,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -42,6 +42,7 @@ from prep.documents import (
 from prep.jsonl import check_rows, row_blocks
 from prep.kept_columns import settle_schema
 from prep.parquet import WHOLE_GROUP_BYTES, check_parquet, parquet_blocks
+from prep.stage_manifest import read_manifest
 from prep.storage import Folder, Stat, is_remote, open_input, stat
 from prep.walk import LeftOut, glob_remote, literal_root, require_kind, walk, walk_remote
 from shards.errors import UserError
@@ -63,8 +64,8 @@ class _File(NamedTuple):
 def find_inputs(arguments: Sequence[str], source: str | None = None, exclude: Path | None = None) -> Found:
     """Files behind paths, globs, folders and addresses.
 
-    Folders are searched recursively, hidden files left out, sorted by path; one that `save_to_disk` made gives its
-    files. Ids are made of the files' names: neither those nor the order depend on how a path is spelled.
+    Folders are searched recursively, hidden files left out, sorted by path; one that a stage or `save_to_disk` made
+    gives its documents. Ids are made of the files' names: neither those nor the order depend on how a path is spelled.
 
     Args:
         arguments: what the user typed.
@@ -190,6 +191,8 @@ def _find_local(argument: str, exclude: Path | None) -> tuple[list[_File], LeftO
     path = Path(argument.removeprefix("file://")).expanduser()
     if path.is_dir():
         own = path.resolve().name
+        if manifest := read_manifest(Folder(path)):
+            return _stage_files(Folder(path), own, manifest), None
         rest = None
         saved = dataset_files(Folder(path))
         if saved is not None:
@@ -217,6 +220,8 @@ def _find_remote(argument: str) -> tuple[list[_File], LeftOut | None]:
         return [_File(file, file.path.removeprefix(root + "/"), _last(root)) for file in files], None
     if file := stat(address):
         return [_File(file, _last(address), _stem(_last(address)))], None
+    if manifest := read_manifest(Folder(address)):
+        return _stage_files(Folder(address), _last(address), manifest), None
     walked = walk_remote(address)
     if walked is None:
         raise UserError(f"{argument}: no such file or folder")
@@ -225,6 +230,12 @@ def _find_remote(argument: str) -> tuple[list[_File], LeftOut | None]:
         files, rest = [_stat(f"{address}/{name}") for name in saved], LeftOut(address, {})
     own = _last(address)
     return [_File(file, f"{own}/{file.path.removeprefix(address + '/')}", own) for file in files], rest
+
+
+def _stage_files(folder: Folder, own: str, manifest: dict[str, Any]) -> list[_File]:
+    """The documents of a stage's folder, each part under its source; what else lies there is not read."""
+    parts = manifest["parts"]
+    return [_File(_stat(folder.path(part["file"])), f"{own}/{part['file']}", part["source"]) for part in parts]
 
 
 def _stat(path: Path | str) -> Stat:

@@ -37,10 +37,17 @@ REASON_COLUMNS = pa.schema(
 
 
 class Stage(Protocol):
-    """A pure function of a batch, which may be empty; picklable, models and tables load at the first call in a process."""
+    """A pure function of a batch, which may be empty; picklable; models load at the first call in a process."""
 
-    name: str
-    adds: pa.Schema  # the columns that it adds to a batch, behind those that are there; for most stages none
+    @property
+    def name(self) -> str:
+        """Its name in the funnel."""
+        ...
+
+    @property
+    def adds(self) -> pa.Schema:
+        """The columns that it adds to a batch, behind those that are there; for most stages none."""
+        ...
 
     def describe(self) -> dict[str, Any]:
         """All that the output depends on, as JSON: options, versions, digests of models and lists."""
@@ -57,7 +64,10 @@ NOTHING_ADDED = pa.schema([])
 class Product(Protocol):
     """What a pass computes for each part beside its documents, such as signatures; picklable."""
 
-    name: str  # of the folder below the stage's folder; array KEY of part 0 is the file NAME/part-00000.KEY.npy
+    @property
+    def name(self) -> str:
+        """Of the folder below the stage's folder; array KEY of part 0 is the file NAME/part-00000.KEY.npy."""
+        ...
 
     def describe(self) -> dict[str, Any]:
         """All that the arrays depend on, as JSON."""

@@ -149,7 +149,7 @@ class Folder:
         if self.local is not None:
             try:
                 return (self.local / name).read_bytes()
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 return None
         if stat(self.path(name)) is None:
             return None

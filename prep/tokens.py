@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +79,7 @@ def tokenize(
     options: Options = Options(),
     *,
     source: str | None = None,
+    sources: Collection[str] | None = None,
     workers: int = 0,
     max_bad_rows: float = 0.001,
     keep_going: bool = False,
@@ -93,6 +94,7 @@ def tokenize(
         out: where the dataset goes; one that the same call left unfinished is finished.
         options: what the output depends on.
         source: name of the source in the dataset; None: from the file or folder.
+        sources: only files of these sources; None: all.
         workers: threads that parse and encode; 0: one per core. The output does not depend on it.
         max_bad_rows: the run stops when more than this share of the rows (from 1,000 on) is bad.
         keep_going: finish the dataset although a file is broken in the middle.
@@ -108,6 +110,7 @@ def tokenize(
     workers = use_threads(workers)
     tokenizer_json, tokenizer_path = load_tokenizer(tokenizer)
     inputs, left_out = find_inputs(arguments, source, exclude=out)
+    inputs = [item for item in inputs if sources is None or item.source in sources]
     for rest in left_out:
         say(str(rest))
     columns = Columns(options.text_column, options.id_column)
