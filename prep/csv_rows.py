@@ -55,7 +55,7 @@ def check_csv(item: Input, columns: Columns) -> dict[str, pa.DataType]:
     """
     with open_stream(item.path) as file:
         try:
-            data, _ = next(_cut_at_rows(decompress(file, item), _delimiter(item), HEAD_BYTES), (b"", None))
+            data, _, _ = next(_cut_at_rows(decompress(file, item), _delimiter(item), HEAD_BYTES), (b"", 0, True))
         except BrokenInput:  # so early that nothing is known; the run reports it
             return {}
     if not data:
@@ -74,7 +74,7 @@ def csv_blocks(item: Input, columns: Columns, schema: pa.Schema, start: int) -> 
     header: _Header | None = None
     row = 0
     with open_stream(item.path) as file:
-        for data, rows in _cut_at_rows(decompress(file, item), _delimiter(item), BLOCK_BYTES):
+        for data, rows, even in _cut_at_rows(decompress(file, item), _delimiter(item), BLOCK_BYTES):
             if header is None:
                 header, data = _split_header(item, data)
                 types = dict.fromkeys(header.names, pa.string())
@@ -82,17 +82,23 @@ def csv_blocks(item: Input, columns: Columns, schema: pa.Schema, start: int) -> 
                 rows -= 1
             first, row = row, row + rows
             if rows and first >= start:
-                yield Piece(partial(_parse, data, item, columns, schema, header, first), len(data), row, file.tell())
+                yield Piece(
+                    partial(_parse, data, item, columns, schema, header, first, rows, even), len(data), row, file.tell()
+                )
 
 
 def _delimiter(item: Input) -> str:
     return "\t" if ".tsv" in item.path.rpartition("/")[2].lower() else ","
 
 
-def _cut_at_rows(stream: Iterator[bytes], delimiter: str, block_bytes: int) -> Iterator[tuple[bytes, int]]:
-    """Blocks of whole rows and how many they are; where the stream breaks, the rows before that and then the error."""
+def _cut_at_rows(stream: Iterator[bytes], delimiter: str, block_bytes: int) -> Iterator[tuple[bytes, int, bool]]:
+    """Blocks of whole rows, how many they are, and whether all have as many fields as the first of the file.
+
+    Where the stream breaks, the rows before that and then the error.
+    """
     pending = bytearray()
-    scanned, state, fields, rows, end = 0, _START, 0, 0, 0
+    nothing = np.empty(0, np.int64), np.empty(0, np.int32)
+    scanned, rows, odd, end, state, fields, expected = 0, 0, 0, 0, _START, 0, 0
     broken: BrokenInput | None = None
     while True:
         try:
@@ -103,12 +109,16 @@ def _cut_at_rows(stream: Iterator[bytes], delimiter: str, block_bytes: int) -> I
         if len(pending) >= block_bytes or not piece:
             if not piece and not broken and pending and not pending.endswith(b"\n"):
                 pending += b"\n"  # the last row may lack its line break
-            found, last, state, fields = _row_ends(pending, scanned, state, fields, delimiter)
-            scanned, rows, end = len(pending), rows + found, last if found else end
+            raw = np.frombuffer(memoryview(pending).toreadonly(), np.uint8)
+            found, last, state, fields, unequal, expected = _scan(
+                raw, scanned, state, fields, ord(delimiter), expected, *nothing
+            )
+            del raw  # or the buffer cannot shrink
+            scanned, rows, odd, end = len(pending), rows + found, odd + unequal, last if found else end
             if end >= block_bytes or (not piece and end):
-                yield bytes(pending[:end]), rows
+                yield bytes(memoryview(pending)[:end]), rows, not odd
                 del pending[:end]
-                scanned, rows, end = scanned - end, 0, 0
+                scanned, rows, odd, end = scanned - end, 0, 0, 0
             if len(pending) > MAX_DOCUMENT_BYTES:
                 broken = BrokenInput(f"a row of more than {MAX_DOCUMENT_BYTES:,} bytes; is a quote left open?")
         if broken:
@@ -119,33 +129,37 @@ def _cut_at_rows(stream: Iterator[bytes], delimiter: str, block_bytes: int) -> I
         raise BrokenInput(f"the last row, of {len(pending):,} bytes, does not end; is a quote left open?")
 
 
-def _row_ends(data: bytearray, at: int, state: int, fields: int, delimiter: str) -> tuple[int, int, int, int]:
-    raw = np.frombuffer(memoryview(data).toreadonly(), np.uint8)
-    return _scan(raw, at, state, fields, ord(delimiter), np.empty(0, np.int64), np.empty(0, np.int32))
-
-
 @numba.njit(nogil=True, cache=True)
 def _scan(
-    raw: np.ndarray, at: int, state: int, fields: int, delimiter: int, ends: np.ndarray, counts: np.ndarray
-) -> tuple[int, int, int, int]:
+    raw: np.ndarray,
+    at: int,
+    state: int,
+    fields: int,
+    delimiter: int,
+    expected: int,
+    ends: np.ndarray,
+    counts: np.ndarray,
+) -> tuple[int, int, int, int, int, int]:
     """Find the rows that end in raw[at:], and fill `ends` (behind each row) and `counts` (fields; 0: an empty line).
 
     Returns:
-        the number of rows, the end of the last, and the state and number of fields in which the row behind it is left.
+        the number of rows; the end of the last; the state and number of fields in which the row behind it is left; how
+        many rows have not `expected` fields; and `expected`, which is that of the first row where it was 0.
     """
-    rows, last = 0, 0
-    for place in range(at, len(raw)):
+    rows, last, odd, place = 0, 0, 0, at
+    while place < len(raw):
+        if state == _QUOTED:
+            while place < len(raw) and raw[place] != _QUOTE:
+                place += 1
+            if place == len(raw):
+                break
+            state = _CLOSED
+            place += 1
+            continue
         c = raw[place]
+        end = -1
         if state == _RETURNED:  # a row ends in \r\n, or in \r alone
             end = place + 1 if c == _NEWLINE else place
-            if rows < len(ends):
-                ends[rows], counts[rows] = end, fields
-            rows, last, fields, state = rows + 1, end, 0, _START
-            if c == _NEWLINE:
-                continue
-        if state == _QUOTED:
-            if c == _QUOTE:
-                state = _CLOSED
         elif c == _QUOTE and state in (_START, _CLOSED):
             if state == _START:
                 fields += 1
@@ -153,12 +167,9 @@ def _scan(
         elif c in (_NEWLINE, _RETURN):
             if state == _START and fields > 0:
                 fields += 1
-            if c == _RETURN:
-                state = _RETURNED
-            else:
-                if rows < len(ends):
-                    ends[rows], counts[rows] = place + 1, fields
-                rows, last, fields, state = rows + 1, place + 1, 0, _START
+            state = _RETURNED
+            if c == _NEWLINE:
+                end = place + 1
         elif c == delimiter:
             if state == _START:
                 fields += 1
@@ -167,7 +178,16 @@ def _scan(
             if state == _START:
                 fields += 1
             state = _PLAIN
-    return rows, last, state, fields
+        if end < 0:
+            place += 1
+            continue
+        if rows < len(ends):
+            ends[rows], counts[rows] = end, fields
+        if expected == 0:
+            expected = fields
+        odd += fields != expected
+        rows, last, fields, state, place = rows + 1, end, 0, _START, end
+    return rows, last, state, fields, odd, expected
 
 
 def _split_header(item: Input, data: bytes) -> tuple[_Header, bytes]:
@@ -175,7 +195,7 @@ def _split_header(item: Input, data: bytes) -> tuple[_Header, bytes]:
     delimiter = _delimiter(item)
     body = data.removeprefix(b"\xef\xbb\xbf")
     ends, counts = np.empty(1, np.int64), np.empty(1, np.int32)
-    _scan(np.frombuffer(body, np.uint8), 0, _START, 0, ord(delimiter), ends, counts)
+    _scan(np.frombuffer(body, np.uint8), 0, _START, 0, ord(delimiter), 0, ends, counts)
     end = int(ends[0])
     try:
         names = next(csv.reader(io.StringIO(body[:end].decode(), newline=""), delimiter=delimiter), [])
@@ -187,23 +207,25 @@ def _split_header(item: Input, data: bytes) -> tuple[_Header, bytes]:
     return _Header(names, delimiter, None), body[end:]
 
 
-def _parse(data: bytes, item: Input, columns: Columns, schema: pa.Schema, header: _Header, first: int) -> Documents:
-    raw = np.frombuffer(data, np.uint8)
-    room = np.count_nonzero((raw == _NEWLINE) | (raw == _RETURN)) + 1
-    ends, counts = np.empty(room, np.int64), np.empty(room, np.int32)
-    rows, _, state, fields = _scan(raw, 0, _START, 0, ord(header.delimiter), ends, counts)
-    if state == _RETURNED:  # the last row ends in \r alone
-        ends[rows], counts[rows], rows = len(raw), fields, rows + 1
-    ends, counts = ends[:rows], counts[:rows]
+def _parse(
+    data: bytes, item: Input, columns: Columns, schema: pa.Schema, header: _Header, first: int, rows: int, even: bool
+) -> Documents:
+    """A block of `rows` rows; `even`: all of them have as many fields as the header."""
     numbers = np.arange(first + 1, first + 1 + rows)
+    if even:
+        return _parse_columns(data, item, columns, schema, header, numbers)
+    raw = np.frombuffer(data, np.uint8)
+    ends, counts = np.empty(rows, np.int64), np.empty(rows, np.int32)
+    found, _, _, fields, _, _ = _scan(raw, 0, _START, 0, ord(header.delimiter), 0, ends, counts)
+    if found < rows:  # the last row ends in \r alone
+        ends[-1], counts[-1] = len(raw), fields
+    begins = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
     good, empty = counts == len(header.names), counts == 0
     rejected = []
-    if not good.all():
-        begins = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
-        for row in np.flatnonzero(~good & ~empty).tolist():
-            reason = f"{counts[row]:,} fields, not {len(header.names):,} as in the header"
-            rejected.append(Rejected(item.path, int(numbers[row]), reason, excerpt(data[begins[row] : ends[row]])))
-        data = raw[np.repeat(good, ends - begins)].tobytes()
+    for row in np.flatnonzero(~good & ~empty).tolist():
+        reason = f"{counts[row]:,} fields, not {len(header.names):,} as in the header"
+        rejected.append(Rejected(item.path, int(numbers[row]), reason, excerpt(data[begins[row] : ends[row]])))
+    data = raw[np.repeat(good, ends - begins)].tobytes()
     documents = _parse_columns(data, item, columns, schema, header, numbers[good])
     documents.rows += len(rejected)
     documents.rejected = sorted(documents.rejected + rejected, key=lambda row: row.row)

@@ -44,6 +44,7 @@ MAX_LINE_BYTES = 1 << 30
 HEAD_ROWS, HEAD_BYTES = 100, 1 << 16
 _NEWLINE, _RETURN, _BRACE = 10, 13, 123
 _CACHE = 1 << 18
+_BYTES_PER_LINE = 64
 
 
 class _Shape(NamedTuple):
@@ -68,9 +69,11 @@ def row_blocks(item: Input, columns: Columns, schema: pa.Schema, start: int) -> 
             if row == 0:
                 data = data.removeprefix(b"\xef\xbb\xbf")
                 shape = shape._replace(key=_id_column(data, columns))
-            first, row = row, row + data.count(b"\n") + (not data.endswith(b"\n"))
+            lines = _line_starts(data)
+            first, row = row, row + len(lines)
             if first >= start:
-                yield Piece(partial(_parse, data, item, shape, first), len(data), row, file.tell())
+                few = lines if len(lines) * _BYTES_PER_LINE < len(data) else None  # they may weigh more than the block
+                yield Piece(partial(_parse, data, few, item, shape, first), len(data), row, file.tell())
 
 
 def check_rows(item: Input, columns: Columns) -> dict[str, pa.DataType]:
@@ -174,8 +177,10 @@ def _line_starts(data: bytes) -> np.ndarray:
     return starts[:-1] if starts[-1] == len(raw) else starts
 
 
-def _parse(data: bytes, item: Input, shape: _Shape, first: int) -> Documents:
-    raw, lines = np.frombuffer(data, np.uint8), _line_starts(data)
+def _parse(data: bytes, lines: np.ndarray | None, item: Input, shape: _Shape, first: int) -> Documents:
+    raw = np.frombuffer(data, np.uint8)
+    if lines is None:
+        lines = _line_starts(data)
     numbers = np.arange(first + 1, first + 1 + len(lines))
     if not (raw[lines] == _BRACE).all():
         data, numbers = _without_blank_lines(data, lines, numbers)
