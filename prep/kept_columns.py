@@ -67,7 +67,8 @@ def fit(name: str, value: Any, kind: pa.DataType) -> Any:
         try:
             if pa.types.is_floating(kind):
                 return float(value)
-            return pa.scalar(value, kind).as_py()
+            if isinstance(value, int):
+                return pa.scalar(value, kind).as_py()
         except (OverflowError, pa.ArrowException):
             pass
     shown = repr(value)
