@@ -1,7 +1,7 @@
 """Kernels for lists: an Aho-Corasick automaton over lower-cased text, and hashes of addresses.
 
-The automaton reads the bytes of each lower-cased character; a run of white space counts as one space. For whole words it
-also reads a border sign wherever a word begins or ends, and the entries hold the same signs: `new york` is read as
+The automaton reads the bytes of each lower-cased character; a run of white space counts as one space. For whole words
+it also reads a border sign wherever a word begins or ends, and the entries hold the same signs: `new york` is read as
 |new| |york|, so it cannot match inside of `renew yorkshire`. One pass, whatever the number of entries.
 """
 
@@ -96,9 +96,8 @@ def count_matches(texts: pa.Array, automaton: Automaton) -> tuple[np.ndarray, np
     """Places in each text where an entry ends, int64 [n], and the number of the first entry found or -1, int64 [n]."""
     data, offsets = text_buffers(texts)
     found = np.zeros((2, len(texts)), np.int64)
-    _walk(
-        data, offsets, classes(), lower(), automaton.kinds, automaton.table, automaton.entry, automaton.whole_words, found
-    )
+    tables = (automaton.kinds, automaton.table, automaton.entry)
+    _walk(data, offsets, classes(), lower(), *tables, automaton.whole_words, found)
     return found[0], found[1]
 
 

@@ -35,8 +35,8 @@ _EDIT, _NEEDED = np.frombuffer(b"[edit]", np.uint8), np.frombuffer(b"[citation n
 
 @lru_cache(maxsize=1)
 def scan_table() -> np.ndarray:
-    """What a byte is to the kernel, in bits: 2 the anchor of a phrase or a bracket, 4 ASCII punctuation or the first byte
-    of a character that is not ASCII."""
+    """What a byte is to the kernel, in bits: 2 the anchor of a phrase, or a bracket; 4 ASCII punctuation, or the first
+    byte of a character that is not ASCII."""
     table = np.zeros(256, np.uint8)
     table[[0x5B, 0x7B, *np.flatnonzero(PHRASES.anchors)]] = 2
     table[0xC2:] |= 4
@@ -111,10 +111,10 @@ def _has_longer_word(data, a, b, longest, table):  # type: ignore[no-untyped-def
 def _equal(data, at, b, text):  # type: ignore[no-untyped-def]
     if b - at < len(text):
         return False
+    equal = True
     for number in range(len(text)):
-        if data[at + number] != text[number]:
-            return False
-    return True
+        equal &= data[at + number] == text[number]
+    return equal
 
 
 @njit(nogil=True, cache=True)
@@ -161,7 +161,8 @@ def _abbreviated(data, a, at, table, abbreviations):  # type: ignore[no-untyped-
         if not table[code] & _LETTER or letters == 7:
             return False
         letters += 1
-        value |= np.uint64(code | 0x20) << np.uint64(8 * (letters - 1)) if code < 0x80 else np.uint64(1) << np.uint64(63)
+        sign = np.uint64(code | 0x20 if code < 0x80 else 0x80)  # 0x80: no abbreviation has such a letter
+        value |= sign << np.uint64(8 * (letters - 1))
         first = before
     if letters <= 1:
         return letters == 1
@@ -205,7 +206,7 @@ def _sentences(data, a, b, table, stops, ends, abbreviations):  # type: ignore[n
                 ended = True
             elif data[at] == 0x2E and close == at + 1 and at > a and table[code] & _UPPER:
                 left, _ = decode(data, last_start(data, a, at))
-                ended = (table[left] & (_LETTER | _UPPER)) == _LETTER
+                ended |= (table[left] & (_LETTER | _UPPER)) == _LETTER
         at = close
     return sentences
 

@@ -58,7 +58,7 @@ def clean_c4(texts: pa.Array, active: Active, end_marks: str = ".?!\"'", count_a
     switches = np.array(
         [name in active for name in ("citations", "line_end", "line_javascript", "line_policy")] + [count_after]
     )
-    out, ends = np.empty(len(data), np.uint8), np.zeros(len(offsets), np.int64)
+    out, ends = np.empty(len(data) + 1, np.uint8), np.zeros(len(offsets), np.int64)
     found = np.zeros((len(c4_lines.COUNTS), len(offsets) - 1), np.int64)
     tables = (classes(), breaks(), terminal(), c4_lines.scan_table(), marks, c4_lines.ABBREVIATIONS)
     c4_lines.clean(data, offsets, limits, switches, *tables, c4_lines.PHRASES, out, ends, found)
@@ -95,7 +95,7 @@ def clean_dclm(texts: pa.Array, active: Active) -> Cleaned:
         ],
         dtype=np.float64,
     )
-    out, ends = np.empty(len(data), np.uint8), np.zeros(len(offsets), np.int64)
+    out, ends = np.empty(len(data) + 1, np.uint8), np.zeros(len(offsets), np.int64)
     found = np.zeros((len(dclm_lines.COUNTS), len(offsets) - 1), np.int64)
     dclm_lines.clean(data, offsets, limits, "counters" in active, classes(), *dclm_lines.NOUNS, out, ends, found)
     before, after = count_words(data, offsets), count_words(out, ends)
@@ -110,7 +110,7 @@ def remove_licences(texts: pa.Array, active: Active) -> Cleaned:
     if "licence" not in active:
         return Cleaned(texts, {}, {})
     start, stop = code_text.licence_headers(data, offsets)
-    out, ends = np.empty(len(data), np.uint8), np.zeros(len(offsets), np.int64)
+    out, ends = np.empty(len(data) + 1, np.uint8), np.zeros(len(offsets), np.int64)
     _cut(data, offsets, start, stop, out, ends)
     counts = {"licence_headers": int((stop > start).sum()), "licence_bytes": int((stop - start).sum())}
     return Cleaned(make_texts(out, ends, texts.type), {}, counts)

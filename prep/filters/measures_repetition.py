@@ -3,7 +3,7 @@
 Each document is worked through once per n. A repeated n-gram begins with a repeated (n-1)-gram and ends with one, so
 only the positions where both repeat are looked at again; in most texts these are few after the first round. An n-gram
 is named by the position where it first stands, and compared by the names of its two (n-1)-grams: no hash of an n-gram
-is ever trusted, only the 64-bit hashes of the tokens are. Work and memory are linear in the tokens (about 30 bytes each).
+is ever trusted, only the 64-bit hashes of the tokens are. Work and memory are linear in the tokens (30 bytes each).
 """
 
 from __future__ import annotations

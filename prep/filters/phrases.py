@@ -1,4 +1,4 @@
-"""A handful of ASCII phrases, found in any case while a kernel walks over bytes: each is tried only at a rare letter."""
+"""Some ASCII phrases, found in any case while a kernel walks over bytes; each is tried at a rare letter of it only."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ def phrases_at(data, a, b, at, bits, phrases):  # type: ignore[no-untyped-def]
     while bits:
         if bits & np.uint32(1):
             first = at - phrases.anchor[number]
-            if first >= a and same_letters(data, first, b, phrases.letters[phrases.start[number] :], phrases.size[number]):
+            letters, size = phrases.letters[phrases.start[number] :], phrases.size[number]
+            if first >= a and same_letters(data, first, b, letters, size):
                 found |= np.uint32(1) << np.uint32(number)
         bits >>= np.uint32(1)
         number += 1

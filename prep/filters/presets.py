@@ -214,4 +214,3 @@ def build(settings: Mapping[str, Any], where: str) -> list[Stage]:
     if not stages:
         raise UserError(f"{where}: nothing to filter by; give a preset ({', '.join(PRESETS)}), rules, urls or words")
     return stages
-

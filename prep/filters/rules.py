@@ -221,7 +221,10 @@ class CleanStage:
     def describe(self) -> dict[str, Any]:
         """Rules, cleaner and its version."""
         return {
-            **{"stage": "clean", "cleaner": self.cleaner, "version": self.version, "behind": self.behind},
+            "stage": "clean",
+            "cleaner": self.cleaner,
+            "version": self.version,
+            "behind": self.behind,
             "rules": _described(self.rules),
         }
 

@@ -117,8 +117,8 @@ class UrlStage:
         """
         if not (settings.domains or settings.urls or settings.substrings):
             raise UserError(f"{where}: urls: no list; give domains, urls or substrings")
-        lists = (Lists.find(files, where) for files in (settings.domains, settings.urls, settings.substrings))
-        return cls(settings.column, *lists)
+        domains, urls, substrings = settings.domains, settings.urls, settings.substrings
+        return cls(settings.column, Lists.find(domains, where), Lists.find(urls, where), Lists.find(substrings, where))
 
     @property
     def adds(self) -> pa.Schema:
@@ -192,8 +192,11 @@ class WordListStage:
     def describe(self) -> dict[str, Any]:
         """Digest of the list, and the options."""
         return {
-            **{"stage": "words", "version": 1, "digest": self.lists.digest},
-            **{"whole_words": self.whole_words, "max_matches": self.max_matches},
+            "stage": "words",
+            "version": 1,
+            "digest": self.lists.digest,
+            "whole_words": self.whole_words,
+            "max_matches": self.max_matches,
         }
 
     def __call__(self, batch: pa.RecordBatch, tally: Tally) -> pa.RecordBatch:

@@ -171,7 +171,9 @@ def report(name: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any]], 
             f"{counts[False, True]:>11}{same:>11}"
         )
         differences[filter_name] = [
-            explain(number, mine, other) for number, mine, other in pairs if bool(mine["reason"]) != bool(other["reason"])
+            explain(number, mine, other)
+            for number, mine, other in pairs
+            if bool(mine["reason"]) != bool(other["reason"])
         ]
     for filter_name, found in differences.items():
         for difference in found[:show]:
