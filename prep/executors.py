@@ -145,9 +145,9 @@ class RayExecutor:
     def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
         """Results in the order of the tasks."""
         ray = self._ray
-        remote = ray.remote(max_retries=3)(function)
+        remote, here = ray.remote(max_retries=3)(_run_in), os.getcwd()
         try:
-            yield from _in_order(remote.remote, ray.get, tasks, 2 * self.workers)
+            yield from _in_order(lambda task: remote.remote(here, function, task), ray.get, tasks, 2 * self.workers)
         except ray.exceptions.RayTaskError as error:
             raise error.cause or error from None
         except ray.exceptions.RayError as error:
@@ -173,6 +173,17 @@ def _in_order(
         for future in pending:
             if isinstance(future, Future):
                 future.cancel()
+
+
+def _run_in(folder: str, function: Callable[[Task], Result], task: Task) -> Result:
+    """Run a task of a Ray cluster where the command runs: its paths may start there."""
+    try:
+        os.chdir(folder)
+    except OSError:
+        raise UserError(
+            f"{folder}: a machine of the Ray cluster does not see this folder; run the command in a shared one"
+        ) from None
+    return function(task)
 
 
 def _begin_worker(parent: int) -> None:
