@@ -118,13 +118,12 @@ def run_minigpt(options: argparse.Namespace, folder: Path, inputs: list[Path], t
     content = {
         "name": "fineweb",
         "output": str(out),
-        "tokenizer": str(options.tokenizer.resolve()),
-        "sources": [{"name": f"part{number}", "path": str(path.resolve())} for number, path in enumerate(inputs)],
+        "sources": [{"name": "text", "path": [str(path.resolve()) for path in inputs]}],
         "stages": [
             {"language": {"languages": {"en": 0.65}}},
             {"filter": {"preset": "fineweb"}},
             {"dedup": {"method": "minhash"}},
-            {"tokenize": {}},
+            {"tokenize": {"tokenizer": str(options.tokenizer.resolve())}},
         ],
     }
     recipe.write_text(yaml.safe_dump(content, sort_keys=False))
@@ -154,7 +153,7 @@ def memory(options: argparse.Namespace, folder: Path) -> None:
     tokenizer, benchmark = str(options.tokenizer), str(options.benchmark)
     commands = {
         "filter": ["filter", "--preset", "fineweb"],
-        "decontaminate": ["decontaminate", "--benchmark", benchmark],
+        "decontaminate": ["decontaminate", "--against", benchmark],
         "tokenize": ["tokenize", "--tokenizer", tokenizer],
     }
     print(f"{options.data.name}, {options.workers} workers; peak memory in MB (sum of resident sets, all processes)")
