@@ -119,6 +119,15 @@ class Recipe:
     datasets: dict[str, list[str]]
 
 
+def read_recipe(path: Path) -> RecipeFile:
+    """Read a recipe's file, variables replaced; no input is looked for.
+
+    Raises:
+        UserError: what is wrong with the file.
+    """
+    return validate(RecipeFile, _expand(load_yaml(path), str(path)), str(path))
+
+
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe, find its inputs and build its stages.
 
@@ -126,7 +135,7 @@ def load_recipe(path: Path) -> Recipe:
         UserError: anything that is wrong with the file, its inputs or what its stages need.
     """
     where = str(path)
-    recipe = validate(RecipeFile, _expand(load_yaml(path), where), where)
+    recipe = read_recipe(path)
     names = [source.name for source in recipe.sources]
     *stages, last = recipe.stages
     tokenize = None
