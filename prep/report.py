@@ -17,8 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prep.report_pictures import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, histogram_picture
-from shards.describe import amount
-from shards.pages import render_page, visible
+from shards.pages import amount, render_page, visible
 
 WARN_SHARE = 0.95  # a filter that removes that much is more likely wrong than right
 CLUSTER_SIZES = (2, 3, 4, 5, 9, 17, 33, 65, 129, 257, 513, 1025)  # first size of each bar

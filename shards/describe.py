@@ -12,7 +12,7 @@ from rich.text import Text
 
 from shards.errors import UserError
 from shards.mixture import MixturePlan
-from shards.pages import render_page
+from shards.pages import amount, render_page
 from shards.phases import WEIGHT_SUM
 
 # Up to 4 epochs, repeated tokens are worth nearly as much as new ones; then their value decays
@@ -126,17 +126,6 @@ def _warnings(plan: MixturePlan, total: int, sources: list[dict[str, Any]]) -> l
     if missing:
         lines.append(f"{missing} phase(s) have no samples: the next one starts at the same block border")
     return lines
-
-
-def amount(number: float | None) -> str:
-    """A count in three digits: 9.00 K, 12.3 M, 2.00 T; whole numbers below 1,000; a dash where it is not known."""
-    if number is None:
-        return "–"
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if number >= 0.9995 * size:
-            scaled = number / size
-            return f"{scaled:.{2 - (scaled >= 9.995) - (scaled >= 99.95)}f} {unit}"
-    return f"{number:.0f}"
 
 
 def tables(summary: dict[str, Any]) -> list[Text | Table]:

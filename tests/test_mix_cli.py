@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from dataset_files import EOS, write_dataset
 
-from shards.describe import amount
 from shards.mixture import MixturePlan, load_mixture
+from shards.pages import amount
 
 MIXTURE1 = Path(__file__).parent.parent / "configs/data/pretrain/phase1/mixture1.yaml"
 YAML = """
