@@ -5,8 +5,10 @@ The peers get what people give them: `re.findall(r"\\w+", text.lower())` and the
 document; their rate without that Python part is shown beside it. All see the same documents and as many shingles.
 Rounds are taken in turns, the best counts.
 
-Whole command: `minigpt-prep dedup`, files in to files out with verification; memory is that of all its processes
-together, pages that they share counted once (PSS), sampled.
+Whole command: `minigpt-prep dedup`, files in to files out with verification, over the data and further files made from
+it: of their documents a tenth are copies, a tenth are edits of a few words, the others have their words shuffled, so
+that they are new documents of the same kind. Memory is that of all its processes together, pages that they share
+counted once (PSS), sampled.
 
     python -m tools.bench dedup
     python -m tools.bench dedup --documents 10000000     # short synthetic documents instead: time and peak memory
@@ -55,7 +57,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=SHARED / "books.jsonl.zst", help="a .jsonl.zst with a key `text`")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peer-mb", type=float, default=8.0, help="MB of rows for the signatures")
-    parser.add_argument("--copies", type=int, default=2, help="how often the file is given to the whole command")
+    parser.add_argument("--files", type=int, default=5, help="so many files for the whole command, the data among them")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--documents", type=int, help="so many short synthetic documents instead of the data")
     options = parser.parse_args()
@@ -69,10 +71,7 @@ def main() -> None:
         if not options.data.is_file():
             raise UserError(f"{options.data}: no such file; name one with --data")
         signatures(options, folder)
-        files = []
-        for number in range(options.copies):
-            files.append(folder / f"copy{number}.jsonl.zst")
-            files[-1].symlink_to(options.data.resolve())
+        files = [options.data, *(vary(options.data, folder, number) for number in range(1, options.files))]
         whole(files, folder / "out", options.workers)
 
 
@@ -147,6 +146,28 @@ def shingles(text: str) -> list[str]:
     """Word 5-grams."""
     words = re.findall(r"\w+", text.lower())
     return [" ".join(words[at : at + WORDS]) for at in range(max(1, len(words) - WORDS + 1))]
+
+
+def vary(source: Path, folder: Path, number: int) -> Path:
+    """A file of copies, edits and shuffled documents of another."""
+    import zstandard
+
+    generator = random.Random(number)
+    path = folder / f"varied-{number}.jsonl.zst"
+    with zstandard.open(path, "wt", encoding="utf-8") as file:
+        for line in lines(source, 1 << 62):
+            text = json.loads(line)["text"]
+            kind = generator.randrange(10)
+            if kind > COPY:
+                words = text.split(" ")
+                if kind == EDIT:
+                    for _ in range(1 + len(words) // 100):
+                        words[generator.randrange(len(words))] = "edited"
+                else:
+                    generator.shuffle(words)
+                text = " ".join(words)
+            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    return path
 
 
 def whole(files: list[Path], out: Path, workers: int) -> None:
