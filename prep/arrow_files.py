@@ -16,7 +16,7 @@ import pyarrow.ipc
 
 from prep.arrow_columns import batch_documents, bounded, find_key, wanted_columns
 from prep.documents import BLOCK_BYTES, BrokenInput, Columns, Documents, Input, Piece
-from prep.storage import Folder, is_remote, open_input
+from prep.storage import Folder, is_remote, open_input, raise_if_unreachable
 from shards.errors import UserError
 
 STATE, SPLITS, INFO = "state.json", "dataset_dict.json", "dataset_info.json"
@@ -144,6 +144,7 @@ def _batches(file: pa.NativeFile, schema: pa.Schema, item: Input) -> Iterator[tu
         except EOFError:
             return
         except (pa.ArrowException, OSError) as error:
+            raise_if_unreachable(item.path, error)
             raise BrokenInput(f"truncated or damaged near byte {place:,} of {item.size:,} ({error})") from None
         yield place, batch
 

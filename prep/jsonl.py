@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import orjson
@@ -115,7 +115,7 @@ def check_rows(item: Input, columns: Columns) -> dict[str, pa.DataType]:
     return types
 
 
-def decompress(file: pa.NativeFile, item: Input) -> Iterator[bytes]:
+def decompress(file: BinaryIO, item: Input) -> Iterator[bytes]:
     """The stream of a plain, gzip or zstd file, in pieces; any number of gzip members or zstd frames."""
     suffix = os.path.splitext(item.path)[1].lower()
     if suffix == ".gz":

@@ -15,7 +15,7 @@ import pyarrow.parquet
 
 from prep.arrow_columns import batch_documents, bounded, find_key, wanted_columns
 from prep.documents import BLOCK_BYTES, BrokenInput, Columns, Documents, Input, Piece
-from prep.storage import is_remote, open_input
+from prep.storage import is_remote, open_input, raise_if_unreachable
 from shards.errors import UserError
 
 MAX_BATCH_ROWS = 1 << 16
@@ -68,6 +68,7 @@ def parquet_blocks(
                         load = partial(_load_batch, batch, item, columns, key, schema, first)
                         yield Piece(load, batch.nbytes, row, item.size * row // total)
         except (pa.ArrowException, OSError) as error:
+            raise_if_unreachable(item.path, error)
             raise BrokenInput(f"row group {group} cannot be read ({error})") from None
 
 
@@ -82,6 +83,7 @@ def _load_group(item: Input, columns: Columns, key: str | None, schema: pa.Schem
         wanted = wanted_columns(_types(file), columns, key)
         table = file.read_row_group(group, columns=wanted, use_threads=False).combine_chunks()
     except (pa.ArrowException, OSError) as error:
+        raise_if_unreachable(item.path, error)
         raise BrokenInput(
             f"{item.path}: row group {group} (from row {first + 1:,} on) cannot be read ({error})"
         ) from None
@@ -111,6 +113,7 @@ def _open(item: Input, metadata: pyarrow.parquet.FileMetaData | None = None) -> 
             open_input(item.path), metadata=metadata, pre_buffer=is_remote(item.path), memory_map=False
         )
     except (pa.ArrowInvalid, OSError) as error:
+        raise_if_unreachable(item.path, error)
         raise UserError(f"{item.path}: not a readable Parquet file: {error}") from None
 
 

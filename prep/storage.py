@@ -11,6 +11,7 @@ that is given up publishes what it got until then.
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from datetime import timedelta
 from fnmatch import fnmatch, fnmatchcase
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.fs
@@ -68,17 +69,24 @@ def open_input(path: str) -> pa.NativeFile:
         return _remote(path)[0].open_input_file(_remote(path)[1])
 
 
-def open_stream(path: str) -> pa.NativeFile:
-    """Open a file for reading from front to end; nothing is decompressed.
+def open_stream(path: str) -> BinaryIO:
+    """Open a file for reading from front to end; a remote one is fetched in large pieces. Nothing is decompressed.
 
     Raises:
         UserError: it is not there or cannot be read.
     """
-    if not is_remote(path):
-        return _open_local(path)
-    system, inner = _remote(path)
-    with _explained(path):
-        return system.open_input_stream(inner, compression=None, buffer_size=STREAM_BUFFER)
+    file: Any = open_input(path)  # a NativeFile has what a BufferedReader asks of it
+    return io.BufferedReader(file, STREAM_BUFFER) if is_remote(path) else file
+
+
+def raise_if_unreachable(path: str, error: Exception) -> None:
+    """Tell a file that is damaged from storage that fails while it is read.
+
+    Raises:
+        UserError: it is the storage.
+    """
+    if is_remote(path) and any(mark in str(error) for mark in _STORAGE_ERRORS):
+        raise UserError(f"{path}: {_advice(path, str(error))}") from None
 
 
 def stat(path: str) -> Stat | None:
@@ -321,6 +329,7 @@ def _explained(address: str) -> Iterator[None]:
         raise UserError(f"{address}: {_advice(address, f'{type(error).__name__}: {error}')}") from None
 
 
+_STORAGE_ERRORS = ("AWS Error", "google::cloud::Status", "HTTP", "onnect")
 _ADVICE = (
     (("NO_SUCH_BUCKET", "bucket not found", "bucket does not exist"), "there is no such bucket; check its name"),
     (

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import pickle
 import socket
+import time
 
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
 import pytest
+from prep_data import prose, read_all, write_rows
 
-from prep.storage import Folder, is_remote, matches, open_input, remote_files, stat
+import prep.storage
+from prep.documents import Columns
+from prep.output import describe_inputs
+from prep.part_writer import FORMATS, PartWriter, read_part
+from prep.sources import check_inputs, find_inputs, read_blocks
+from prep.storage import Folder, is_remote, matches, open_input, raise_if_unreachable, remote_files, stat
 from shards.errors import UserError
 
 
@@ -146,3 +157,158 @@ def test_what_is_an_address():
 )
 def test_patterns(path, pattern, expected):
     assert matches(path, pattern) is expected
+
+
+def test_inputs_in_s3(s3, tmp_path):
+    rows = [{"id": f"d{n}", "text": prose(n, 30), "n": n} for n in range(300)]
+    for name in (
+        "a.jsonl",
+        "sub/b.jsonl.gz",
+        "c.parquet",
+        "d.csv",
+        "e.txt",
+        "saved/data-0.arrow",
+        "junk.xyz",
+        ".hidden.txt",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    data = write_rows(tmp_path / "a.jsonl", rows).read_bytes()
+    (tmp_path / "sub" / "b.jsonl.gz").write_bytes(gzip.compress(data))
+    table = pa.Table.from_pylist(rows)
+    pq.write_table(table, tmp_path / "c.parquet", row_group_size=100)
+    pa.csv.write_csv(table, tmp_path / "d.csv")
+    with (
+        pa.OSFile(str(tmp_path / "saved" / "data-0.arrow"), "wb") as file,
+        pa.ipc.new_stream(file, table.schema) as out,
+    ):
+        out.write_table(table)
+    (tmp_path / "saved" / "state.json").write_text('{"_data_files": [{"filename": "data-0.arrow"}]}')
+    remote = Folder(f"{s3}/in")
+    for path in sorted(tmp_path.rglob("*")):
+        if path.is_file():
+            remote.write(path.relative_to(tmp_path).as_posix(), path.read_bytes())
+
+    def found(*arguments: str) -> list[tuple[str, str]]:
+        return [(item.name, item.source) for item in find_inputs(arguments).inputs]
+
+    names = ["in/a.jsonl", "in/c.parquet", "in/d.csv", "in/e.txt", "in/saved/data-0.arrow", "in/sub/b.jsonl.gz"]
+    assert found(f"{s3}/in") == found(f"{s3}/in/") == [(name, "in") for name in names]
+    (left_out,) = find_inputs([f"{s3}/in"]).left_out
+    assert left_out.names == {".xyz": ["junk.xyz"]}
+    assert found(f"{s3}/in/*.jsonl") == [("a.jsonl", "in")]
+    assert found(f"{s3}/in/**/*.jsonl*") == [("a.jsonl", "in"), ("sub/b.jsonl.gz", "in")]
+    assert found(f"{s3}/in/a.jsonl") == [("a.jsonl", "a")]
+    assert found(f"{s3}/in/saved") == [("saved/data-0.arrow", "saved")]
+    assert found(f"{s3}/in/a.jsonl", str(tmp_path / "a.jsonl")) == [("bucket/in/a.jsonl", "a"), ("a.jsonl", "a")]
+    for argument, message in [
+        (f"{s3}/in/*.txtt", "no file matches"),
+        (f"{s3}/gone", "no such file or folder"),
+        (f"{s3}/in/junk.xyz", "cannot tell by its name"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            find_inputs([argument])
+    with pytest.raises(UserError, match="given twice"):
+        find_inputs([f"{s3}/in/a.jsonl", f"{s3}/in"])
+
+    columns = Columns(keep=("n",))
+    for name in ("a.jsonl", "sub/b.jsonl.gz", "c.parquet", "saved"):
+        inputs = find_inputs([f"{s3}/in/{name}"], "s").inputs
+        assert all(item.size > 0 and item.modified > 10**18 for item in inputs)
+        schema = check_inputs(inputs, columns)
+        blocks = [
+            pickle.loads(pickle.dumps(block, protocol=5)) for block in read_blocks(inputs, columns, schema=schema)
+        ]
+        seen = [row for block in blocks for row in block.load().batch.to_pylist()]
+        assert seen == [{**row, "source": "s"} for row in rows]
+    assert len(read_all([f"{s3}/in"])[0]) == 5 * 300 + 1
+    described = describe_inputs(find_inputs([f"{s3}/in"]).inputs)["in"]
+    time.sleep(1.1)  # times in S3 are whole seconds
+    remote.write("e.txt", b"TEXT")
+    again = describe_inputs(find_inputs([f"{s3}/in"]).inputs)["in"]
+    assert again["digest"] == described["digest"]
+    assert again["times"] != described["times"]
+
+
+def test_inputs_from_the_hub(monkeypatch):
+    fsspec = pytest.importorskip("fsspec")
+    memory = fsspec.filesystem("memory")
+    rows = [{"id": f"d{n}", "text": prose(n, 30)} for n in range(100)]
+    buffer = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows), buffer)
+    for number in range(2):
+        memory.pipe(f"/datasets/owner/name/data/train-{number}.parquet", buffer.getvalue().to_pybytes())
+    memory.pipe("/datasets/owner/name/README.md", b"# read me")
+
+    class Hub(fsspec.AbstractFileSystem):
+        """Paths without a slash in front, as the hub has them."""
+
+        def info(self, path: str, **options: object) -> dict:
+            return self._clean(memory.info("/" + path))
+
+        def find(self, path: str, **options: object) -> dict:
+            return {name.lstrip("/"): self._clean(info) for name, info in memory.find("/" + path, detail=True).items()}
+
+        def ls(self, path: str, detail: bool = True, **options: object) -> list:
+            return [self._clean(info) for info in memory.ls("/" + path, detail=True)]
+
+        def _open(self, path: str, *arguments: object, **options: object) -> object:
+            return memory.open("/" + path, "rb")
+
+        @staticmethod
+        def _clean(info: dict) -> dict:
+            return {**info, "name": info["name"].lstrip("/")}
+
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "HfFileSystem", Hub)
+    prep.storage._file_system.cache_clear()
+    try:
+        where = "hf://datasets/owner/name"
+        assert [row[:2] for row in read_all([f"{where}/data/train-0.parquet"])[0]] == [
+            (r["id"], r["text"]) for r in rows
+        ]
+        assert len(read_all([f"{where}/**/*.parquet"])[0]) == 200
+        assert [item.name for item in find_inputs([f"{where}/data"]).inputs] == [
+            "data/train-0.parquet",
+            "data/train-1.parquet",
+        ]
+        with pytest.raises(UserError, match="no such file or folder"):
+            find_inputs([f"{where}/test"])
+    finally:
+        prep.storage._file_system.cache_clear()
+
+
+def test_a_hub_that_cannot_be_reached(monkeypatch):
+    import huggingface_hub
+
+    class Hub:
+        protocol = "hf"
+
+        def info(self, path: str) -> dict:
+            raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub, "HfFileSystem", Hub)
+    prep.storage._file_system.cache_clear()
+    with pytest.raises(UserError, match=r"hf://datasets/a/b/c\.parquet: the hub cannot be read; .*HF_TOKEN.*not known"):
+        find_inputs(["hf://datasets/a/b/c.parquet"])
+    prep.storage._file_system.cache_clear()
+
+
+def test_a_part_in_s3(s3):
+    schema = pa.schema([("id", pa.string()), ("text", pa.string())])
+    batch = pa.RecordBatch.from_pydict({"id": ["a", "b"], "text": ["x", "y"]}, schema)
+    folder = Folder(f"{s3}/out")
+    for format in FORMATS:
+        with PartWriter(folder, f"p-{format[:3]}", schema, format) as writer:
+            writer.write(batch)
+        assert pa.Table.from_batches(read_part(folder, f"p-{format[:3]}")).to_pylist() == batch.to_pylist()
+    assert folder.names() == ["p-jso.jsonl.zst", "p-par.parquet"]
+
+
+def test_storage_that_fails_is_no_damaged_file():
+    failure = OSError("When reading: AWS Error NETWORK_CONNECTION during GetObject operation: curlCode: 7")
+    with pytest.raises(UserError, match="storage cannot be reached"):
+        raise_if_unreachable("s3://bucket/a.parquet", failure)
+    raise_if_unreachable("a.parquet", failure)
+    raise_if_unreachable("s3://bucket/a.parquet", OSError("Corrupt snappy compressed data."))
