@@ -77,10 +77,11 @@ class Work:
 
 @dataclass
 class Result:
-    """What came out: the report (see `write_report`), and the states of the last pass."""
+    """What came out: the report (see `write_report`), the states of the last pass, whether all was there before."""
 
     report: dict[str, Any]
     states: list[dict[str, Any]] = field(repr=False)
+    up_to_date: bool = False
 
 
 class _Pass(NamedTuple):
@@ -105,6 +106,7 @@ def run(work: Work, executor: Executor, say: Callable[[str], None] = print) -> R
         removals: list[Removal] = []
         parts: Callable[[], Iterator[Part]] = lambda: cut_parts(work.sources)  # noqa: E731
         groups = _split(work.steps)
+        up_to_date = True
         for number, (guarded, dedup) in enumerate(groups):
             steps = tuple(item.step if isinstance(item, GuardedStep) else item for item in guarded)
             removal = removals[-1] if removals else None
@@ -119,10 +121,12 @@ def run(work: Work, executor: Executor, say: Callable[[str], None] = print) -> R
                 removal_digest=removal.digest if removal else None,
             )
             title = "reading" if dedup and not job.writes else " + ".join(_titles(removal is not None, steps))
-            states = run_pass(
+            states, unchanged = run_pass(
                 title, job, parts, executor, total=total, made_from=made_from, limits=work.limits, say=say
             )
-            _check_guards(states, guarded, removal is not None, job.folder)
+            up_to_date &= unchanged
+            before = groups[number - 1][1] if number else None
+            _check_guards(states, guarded, before.settings if before else None, job.folder)
             passes.append(_Pass(job, parts, states))
             if job.writes:
                 schema, total = job.out_schema(), sum(state["kept_bytes"] for state in states)
@@ -131,6 +135,8 @@ def run(work: Work, executor: Executor, say: Callable[[str], None] = print) -> R
             if dedup is not None:
                 removals.append(_deduplicate(work, number, dedup, passes[-1], parts, schema, executor, say))
         seconds = time.monotonic() - begin
+        if up_to_date and (report := read_report(work.out)) is not None:
+            return Result(report, passes[-1].states, up_to_date=True)
         report = make_report(work, passes, removals, groups, seconds, executor.workers)
         write_report(work.out, report)
     return Result(report, passes[-1].states)
@@ -220,6 +226,15 @@ def write_report(folder: Folder, report: dict[str, Any]) -> None:
     folder.write(REPORT_HTML, render(report).encode())
 
 
+def read_report(folder: Folder) -> dict[str, Any] | None:
+    """The report that was written, if both of its files are there."""
+    content = folder.read(REPORT_JSON)
+    if content is None or not folder.exists(REPORT_HTML):
+        return None
+    report: dict[str, Any] = orjson.loads(content)
+    return report
+
+
 def _split(
     steps: Sequence[Step | GuardedStep | DedupStep],
 ) -> list[tuple[list[Step | GuardedStep], DedupStep | None]]:
@@ -267,7 +282,7 @@ def _deduplicate(
         job = Job(folder.child(REFERENCE), own, (), product(dedup.settings), writes=False)
         size, made_from = sum(files.size for files in dedup.reference), _describe_files(dedup.reference)
         cut = lambda: cut_parts(dedup.reference)  # noqa: E731
-        states = run_pass(
+        states, _ = run_pass(
             "reading the reference", job, cut, executor, total=size, made_from=made_from, limits=work.limits, say=say
         )
         reference = FirstPass(job.folder.child(before.job.product.name), states, cut, own)
@@ -277,15 +292,19 @@ def _deduplicate(
 
 
 def _check_guards(
-    states: Sequence[dict[str, Any]], steps: Sequence[Step | GuardedStep], removal: bool, folder: Folder
+    states: Sequence[dict[str, Any]], steps: Sequence[Step | GuardedStep], removal: DedupSettings | None, folder: Folder
 ) -> None:
-    for position, item in enumerate(steps):
+    """Check the steps of a pass; `removal` is of the deduplication that began it, whose units are only cut there."""
+    checks = [(0, removal.max_removed, "dedup")] if removal and removal.level else []
+    for position, item in enumerate(steps, 1 if removal else 0):
         if isinstance(item, GuardedStep):
-            try:
-                check_removed(states, [position + removal], item.max_removed, item.step.stage.name, folder)
-            except UserError:
-                folder.remove(MANIFEST)  # not finished: the same command with a higher limit goes on
-                raise
+            checks.append((position, item.max_removed, item.step.stage.name))
+    for position, max_removed, name in checks:
+        try:
+            check_removed(states, [position], max_removed, name, folder)
+        except UserError:
+            folder.remove(MANIFEST)  # not finished: the same command with a higher limit goes on
+            raise
 
 
 def _describe_files(groups: Sequence[Files]) -> str:

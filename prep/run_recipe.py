@@ -11,7 +11,7 @@ from typing import Any
 from prep.dry_run import dry_run
 from prep.executors import open_executor
 from prep.fast import load_tokenizer
-from prep.pipeline import DedupStep, run, write_report
+from prep.pipeline import DedupStep, read_report, run, write_report
 from prep.recipe import Recipe, TokenizeSettings
 from prep.report import funnel_table
 from shards.errors import UserError
@@ -44,11 +44,17 @@ def run_recipe(
     work = replace(recipe.work, limits=replace(recipe.work.limits, keep_going=keep_going))
     with open_executor(executor, workers) as opened:
         opened.warm_up()
-        report = run(work, opened, say).report
+        result = run(work, opened, say)
+    report, unchanged = result.report, result.up_to_date
     if recipe.tokenize is not None:
-        report["tokens"] = [
-            _tokenize(recipe, recipe.tokenize, name, sources, workers, say) for name, sources in recipe.datasets.items()
-        ]
+        report["tokens"] = []
+        for name, sources in recipe.datasets.items():
+            dataset, up_to_date = _tokenize(recipe, recipe.tokenize, name, sources, workers, say)
+            report["tokens"].append(dataset)
+            unchanged &= up_to_date
+    before = read_report(recipe.output) if unchanged else None
+    if before and [before[name] for name in ("config", "tokens")] == [report[name] for name in ("config", "tokens")]:
+        return before
     report["title"], report["seconds"] = recipe.name, time.monotonic() - begin
     write_report(recipe.output, report)
     return report
@@ -70,8 +76,8 @@ def _tokenize(
     sources: list[str],
     workers: int,
     say: Callable[[str], None],
-) -> dict[str, Any]:
-    """One token dataset; one that was made from other documents is replaced."""
+) -> tuple[dict[str, Any], bool]:
+    """One token dataset, for the report, and whether it was there; one made from other documents is replaced."""
     from prep.output import OtherRun
     from prep.tokens import Options, tokenize
 
@@ -97,10 +103,13 @@ def _tokenize(
     except OtherRun:
         summary = make(overwrite=True)
     counts = summary.counts
-    return {
+    if summary.up_to_date:
+        say(f"{name}: up to date ({counts.documents:,} documents, {counts.tokens:,} tokens)")
+    entry = {
         "name": name,
         "documents": counts.documents,
         "tokens": counts.tokens,
         "bytes": counts.text_bytes,
         "bytes_per_token": counts.text_bytes / max(counts.tokens, 1),
     }
+    return entry, summary.up_to_date

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 import xxhash
@@ -29,6 +29,14 @@ from shards.errors import UserError
 from shards.format import MANIFEST as DATASET_MANIFEST
 
 GUARD_DOCUMENTS = 1_000
+MARK = "stage.json"  # in the folder of the states: a run killed before its first state is known by it
+
+
+class Done(NamedTuple):
+    """A pass that is done: the states of its parts, in order, and whether it was before and nothing was written."""
+
+    states: list[dict[str, Any]]
+    up_to_date: bool
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,7 @@ def run_pass(
     made_from: str,
     limits: Limits,
     say: Callable[[str], None] = print,
-) -> list[dict[str, Any]]:
+) -> Done:
     """Work through all parts that are not done, and say what the folder holds.
 
     Args:
@@ -63,9 +71,6 @@ def run_pass(
         limits: when to stop.
         say: takes one-line notices.
 
-    Returns:
-        The states of all parts, in order.
-
     Raises:
         UserError: too many bad rows, or broken files; what is done is kept.
     """
@@ -76,7 +81,7 @@ def run_pass(
         found = [state for number in range(len(before["parts"])) if (state := read_state(job.folder, number))]
         if len(found) == len(before["parts"]):
             say(f"{title}: up to date ({before['documents']:,} documents)")
-            return found
+            return Done(found, up_to_date=True)
     states: dict[int, dict[str, Any]] = {}
     consumed: dict[int, int] = {}
 
@@ -108,19 +113,28 @@ def run_pass(
     _check_whole(job.folder, found, limits.keep_going)
     _remove_others(job, len(found))
     _write_manifest(job, found, made_from)
-    return found
+    return Done(found, up_to_date=False)
 
 
 def open_for_writing(folder: Folder) -> None:
-    """Refuse a folder that holds something else.
+    """Mark a folder as a stage's, before anything else is written; refuse one that holds something else.
 
     Raises:
-        UserError: it holds a token dataset, or files that no stage has made.
+        UserError: it is a file, or holds a token dataset, or files that no stage has made.
     """
+    if folder.local is not None and folder.local.exists() and not folder.local.is_dir():
+        raise UserError(f"{folder}: is a file; --out is a folder")
     if folder.exists(DATASET_MANIFEST):
         raise UserError(f"{folder}: holds a token dataset; choose another folder for documents")
-    if folder.names("part-*") and not folder.child(STATE).names():
-        raise UserError(f"{folder}: holds files that no stage of minigpt-prep has made; choose another --out")
+    if folder.child(STATE).exists(MARK):
+        return
+    names = [*folder.names("part-*"), *folder.names("manifest.json"), *folder.names("report.*")]
+    if names:
+        raise UserError(
+            f"{folder}: holds files that no stage of minigpt-prep has made ({', '.join(names[:3])}); choose another "
+            f"--out"
+        )
+    folder.child(STATE).write(MARK, b"{}\n")
 
 
 def _write_manifest(job: Job, states: Sequence[dict[str, Any]], made_from: str) -> None:
@@ -210,7 +224,8 @@ def guard(sources: dict[str, list[int]], max_removed: float, what: str, look: st
     needed = max(math.ceil(100 * sources[name][1] / sources[name][0]) / 100 for name in over)
     raise UserError(
         f"{what} removes more than {max_removed:.0%} of the documents of {', '.join(over)}:\n{table}\n"
-        f"Look at them first: {look}. If it is right, allow it with --max-removed {needed:g}"
+        f"Look at them first: {look}. If it is right, allow it with --max-removed {needed:g} (in a recipe: "
+        f"max_removed: {needed:g} among the stage's settings); what is done is kept"
     )
 
 
@@ -220,7 +235,7 @@ def _check_bad_rows(folder: Folder, states: Any, share: float) -> None:
         raise UserError(
             f"{bad:,} of {rows:,} rows are bad, more than --max-bad-rows {share:g}. See them: "
             f"minigpt-prep sample {folder} --rejected --rule malformed. What is done is kept: run the same command "
-            f"with a higher limit"
+            f"with a higher limit (in a recipe: max_bad_rows)"
         )
 
 

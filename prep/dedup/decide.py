@@ -41,7 +41,6 @@ from prep.dedup.exact import find_copies
 from prep.dedup.passes import DECISIONS
 from prep.dedup.settings import DedupSettings
 from prep.executors import Executor
-from prep.stage_folder import guard
 from prep.stages import BINS
 from prep.storage import Folder
 
@@ -219,12 +218,8 @@ def write_candidates(corpus: Corpus, documents: np.ndarray, scratch: Folder) -> 
     return held
 
 
-def check_removed(corpus: Corpus, keeper: np.ndarray, settings: DedupSettings, out: Folder) -> None:
-    """Stop where a source would lose too much.
-
-    Raises:
-        UserError: a source of 1,000 documents or more would lose more than `max_removed`; with a table of all sources.
-    """
+def count_removed(corpus: Corpus, keeper: np.ndarray) -> dict[str, list[int]]:
+    """For each source, its documents and how many of them go."""
     sources: dict[str, list[int]] = {}
     gone = keeper != np.arange(len(keeper))
     pairs = list(zip(corpus.parts, pairwise(corpus.starts()), strict=True))
@@ -232,7 +227,7 @@ def check_removed(corpus: Corpus, keeper: np.ndarray, settings: DedupSettings, o
         entry = sources.setdefault(part.source, [0, 0])
         entry[0] += part.documents
         entry[1] += int(gone[begin:end].sum())
-    guard(sources, settings.max_removed, "dedup", out.path(AUDIT))
+    return sources
 
 
 def write_decisions(corpus: Corpus, found: Found, scratch: Folder, out: Folder) -> None:

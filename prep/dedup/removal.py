@@ -6,7 +6,8 @@
     pass 2   the same documents again, with `Removal.stage` as what removes
 
 What lies between them is in a scratch folder, in files that are whole or absent; `plan.json` there says for which input
-and settings, and other ones throw it away. So a run that was killed goes on from there.
+and settings, and other ones throw it away. So a run that was killed goes on from there. `done.json` is written last:
+with it, all is decided.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import pyarrow as pa
 import xxhash
 
 from prep.dedup.decide import (
+    AUDIT,
     CANDIDATES,
     DECIDED,
     EDGES,
@@ -28,7 +30,7 @@ from prep.dedup.decide import (
     REFERENCE_CANDIDATES,
     Corpus,
     PartArrays,
-    check_removed,
+    count_removed,
     find_duplicates,
     summarise,
     write_decisions,
@@ -39,10 +41,12 @@ from prep.dedup.repeats import CUTS, REPEATS, find_cuts
 from prep.dedup.settings import DedupSettings
 from prep.executors import Executor
 from prep.parts import Job, Part, read_state, run_part
+from prep.stage_folder import guard
 from prep.stages import Product, Stage
 from prep.storage import Folder
 
-PLAN, SHINGLED, REFERENCE_SHINGLED = "plan.json", "shingled", "reference-shingled"
+PLAN, DONE = "plan.json", "done.json"
+SHINGLED, REFERENCE_SHINGLED = "shingled", "reference-shingled"
 
 
 @dataclass(frozen=True)
@@ -119,10 +123,33 @@ def find_removal(
     digest = _plan(documents, settings, reference)
     _open_scratch(scratch, digest)
     if settings.level:
+        remove: Callable[[int], Stage] = partial(CutRepeats, folder=scratch.child(CUTS), settings=settings)
+    else:
+        remove = partial(RemoveDuplicates, folder=scratch.child(DECIDED), threshold=settings.threshold)
+    content = scratch.read(DONE)
+    if content is None or not (settings.level or out.exists(AUDIT)):
+        content = orjson.dumps(_decide(documents, settings, scratch, out, executor, reference, digest, say))
+        scratch.write(DONE, content)
+    done = orjson.loads(content)
+    guard(done["sources"], settings.max_removed, "dedup", out.path(AUDIT))
+    return Removal(remove, digest, done["report"])
+
+
+def _decide(
+    documents: FirstPass,
+    settings: DedupSettings,
+    scratch: Folder,
+    out: Folder,
+    executor: Executor,
+    reference: FirstPass | None,
+    digest: str,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Make the decisions; gives the report, and what each source loses as far as that is known."""
+    if settings.level:
         numbers = [state["number"] for state in documents.states]
         repeats = find_cuts(documents.arrays, numbers, scratch, executor, say)
-        cut = partial(CutRepeats, folder=scratch.child(CUTS), settings=settings)
-        return Removal(cut, digest, _units_report(documents, settings, repeats))
+        return {"report": _units_report(documents, settings, repeats), "sources": {}}
     parts = documents.part_arrays()
     before = reference.part_arrays() if reference else []
     corpus = Corpus((*before, *parts), reference=len(before))
@@ -144,14 +171,14 @@ def find_removal(
 
     found = find_duplicates(corpus, settings, scratch, executor, shingle)
     write_decisions(corpus, found, scratch, out)
-    check_removed(corpus, found.duplicates.keeper, settings, out)
-    remove = partial(RemoveDuplicates, folder=scratch.child(DECIDED), threshold=settings.threshold)
-    return Removal(remove, digest, summarise(corpus, found, settings))
+    sources = count_removed(corpus, found.duplicates.keeper)
+    return {"report": summarise(corpus, found, settings), "sources": sources}
 
 
 def clear_scratch(scratch: Folder) -> None:
     """Remove what lies between the passes; the audit table is not among it."""
     scratch.remove(PLAN)
+    scratch.remove(DONE)
     scratch.remove(RANKS)
     for name in (EDGES, REPEATS, CUTS, CANDIDATES, REFERENCE_CANDIDATES, DECIDED, SHINGLED, REFERENCE_SHINGLED):
         for folder in (
