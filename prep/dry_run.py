@@ -36,8 +36,9 @@ def dry_run(
                 ("rows", "documents", "bytes", "empty", "malformed", "kept_documents", "kept_bytes"), 0
             )
             sources.append({"name": source, **entry})
-            chosen = [inputs[position * len(inputs) // FILES] for position in range(FILES)]
-            chosen = list(dict.fromkeys(chosen)) if len(inputs) > FILES else inputs
+            wanted = number if inputs[0].kind == "text" else FILES  # a text file is one document
+            chosen = [inputs[position * len(inputs) // wanted] for position in range(wanted)]
+            chosen = chosen if len(inputs) > wanted else inputs
             stored = 0.0
             for item in chosen:
                 stored += _sample(item, files, schema, plain, tallies, -(-number // len(chosen)), sources[-1])

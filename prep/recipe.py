@@ -188,6 +188,8 @@ def build_steps(
         raise UserError(f"{where}: {unknown_name('stage', kind, [*STAGES, 'dedup', 'tokenize'])}")
     settings = dict(settings)
     chosen = settings.pop("sources", None) if sources is not None else None
+    if chosen is not None and (not isinstance(chosen, list) or not chosen):
+        raise UserError(f"{where}: sources: {chosen!r} is not a list of names of sources")
     for name in chosen or []:
         if name not in (sources or []):
             raise UserError(f"{where}: sources: {unknown_name('source', str(name), sources or [])}")
