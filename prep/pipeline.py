@@ -9,10 +9,13 @@ begins with the removal. The last pass writes the documents that were asked for.
 
 from __future__ import annotations
 
+import errno
+import os
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -101,7 +104,7 @@ def run(work: Work, executor: Executor, say: Callable[[str], None] = print) -> R
     schema = union_schema([files.schema for files in work.sources])
     total = sum(files.size for files in work.sources)
     made_from = _describe_files(work.sources)
-    with work.out.lock():
+    with work.out.lock(), _full_disk_explained(work.out):
         passes: list[_Pass] = []
         removals: list[Removal] = []
         parts: Callable[[], Iterator[Part]] = lambda: cut_parts(work.sources)  # noqa: E731
@@ -305,6 +308,19 @@ def _check_guards(
         except UserError:
             folder.remove(MANIFEST)  # not finished: the same command with a higher limit goes on
             raise
+
+
+@contextmanager
+def _full_disk_explained(out: Folder) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(
+            f"{out}: the disk is full ({os.strerror(error.errno)}). What is finished is kept: free some space, and the same "
+            f"command goes on"
+        ) from None
 
 
 def _describe_files(groups: Sequence[Files]) -> str:
