@@ -318,8 +318,8 @@ def _full_disk_explained(out: Folder) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise UserError(
-            f"{out}: the disk is full ({os.strerror(error.errno)}). What is finished is kept: free some space, and the same "
-            f"command goes on"
+            f"{out}: the disk is full ({os.strerror(error.errno)}). What is finished is kept: free some space, and the "
+            f"same command goes on"
         ) from None
 
 
