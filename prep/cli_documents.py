@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from prep.parts import Files
     from prep.pipeline import DedupStep, GuardedStep
     from prep.stages import Step
+    from prep.storage import Folder
 
     AnyStep = Step | GuardedStep | DedupStep
 
@@ -97,24 +99,25 @@ def filter_documents(
     `report.html`. Look at documents with `minigpt-prep sample OUT --rejected`. Statistics that a folder of --stats-only
     already has are not computed again.
     """
-    from prep.filters.rules import MeasureStage
-    from prep.recipe import build_steps
-    from prep.stages import Step
-
-    steps: list[AnyStep] = []
-    for kind, settings in _filter_settings(
-        preset, rule, language, language_columns, classifier, mask, url_domains, words
-    ):
-        steps += build_steps(kind, settings, kind)
-    if not steps:
+    stages = _filter_settings(preset, rule, language, language_columns, classifier, mask, url_domains, words)
+    if not stages:
         raise UserError("nothing to filter by; give --preset, --rule, --language, --classifier, --mask, --words …")
-    if stats_only:
-        steps = [Step(MeasureStage(tuple(step.stage for step in steps if isinstance(step, Step))))]
-    files = _files(inputs, text_column, id_column, column, source, out)
+
+    def make_steps() -> list[AnyStep]:
+        from prep.filters.rules import MeasureStage
+        from prep.recipe import build_steps
+        from prep.stages import Step
+
+        steps = [step for kind, settings in stages for step in build_steps(kind, settings, kind)]
+        if stats_only:
+            return [Step(MeasureStage(tuple(step.stage for step in steps if isinstance(step, Step))))]
+        return steps
+
+    reading = Reading(text_column, id_column, tuple(column or ()), source, max_bad_rows, keep_going)
     if dry_run is not None:
-        _dry_run(files, steps, dry_run)
-        return
-    _run("filter", files, steps, _required(out), format, workers, executor, max_bad_rows, keep_going)
+        _dry_run(inputs, reading, make_steps, dry_run)
+    else:
+        _run("filter", inputs, reading, make_steps, _required(out), format, workers, executor)
 
 
 def dedup(
@@ -167,8 +170,6 @@ def dedup(
     A document goes only if its exact Jaccard similarity (of word 5-grams) to a document that stays reaches the
     threshold. `OUT/duplicates.parquet` names the keeper and the similarity for each; `rejected/` holds the text.
     """
-    from prep.recipe import build_steps
-
     settings = {
         "method": method,
         "threshold": threshold,
@@ -190,10 +191,10 @@ def dedup(
 
         print(explain_bands(threshold=threshold, bands=bands, rows=rows, workers=workers or count_cores()))
         return
-    steps = build_steps("dedup", settings, "dedup")
     kept = [*(column or []), *([keep.partition(":")[2]] if keep.startswith("highest:") else [])]
-    files = _files(inputs, text_column, id_column, list(dict.fromkeys(kept)), source, out)
-    _run("dedup", files, steps, _required(out), format, workers, executor, max_bad_rows, keep_going)
+    reading = Reading(text_column, id_column, tuple(dict.fromkeys(kept)), source, max_bad_rows, keep_going)
+    make_steps = partial(_build_steps, "dedup", settings)
+    _run("dedup", inputs, reading, make_steps, _required(out), format, workers, executor)
 
 
 def decontaminate(
@@ -236,58 +237,62 @@ def decontaminate(
     Words are compared without case, punctuation and line breaks. The report has a line for each benchmark: items, items
     found, documents.
     """
-    from prep.recipe import build_steps
-
     settings = {"against": against, "ngram": ngram, "min_words": min_words, "action": "cut" if cut else "remove"}
     settings |= {"margin": margin, "min_characters": min_characters, "max_removed": max_removed}
-    steps = build_steps("decontaminate", settings, "decontaminate")
-    files = _files(inputs, text_column, id_column, column, source, out)
-    _run("decontaminate", files, steps, out, format, workers, executor, max_bad_rows, keep_going)
+    reading = Reading(text_column, id_column, tuple(column or ()), source, max_bad_rows, keep_going)
+    make_steps = partial(_build_steps, "decontaminate", settings)
+    _run("decontaminate", inputs, reading, make_steps, out, format, workers, executor)
 
 
-def _files(
-    inputs: list[str],
-    text_column: str,
-    id_column: str | None,
-    column: list[str] | None,
-    source: str | None,
-    out: str | None,
-) -> Files:
-    from prep.documents import Columns
-    from prep.recipe import open_files
-    from prep.storage import Folder
+class Reading(NamedTuple):
+    """How the inputs are read, as the options say."""
 
-    columns = Columns(text_column, id_column, tuple(column or []))
-    return open_files(inputs, columns, source, Folder(out) if out else None, say)
+    text_column: str
+    id_column: str | None
+    columns: tuple[str, ...]
+    source: str | None
+    max_bad_rows: float
+    keep_going: bool
+
+    def open(self, inputs: list[str], out: Folder | None) -> Files:
+        """Find the files and look at their columns."""
+        from prep.documents import Columns
+        from prep.recipe import open_files
+
+        return open_files(inputs, Columns(self.text_column, self.id_column, self.columns), self.source, out, say)
+
+
+def _build_steps(kind: str, settings: dict[str, Any]) -> list[AnyStep]:
+    from prep.recipe import build_steps
+
+    return build_steps(kind, settings, kind)
 
 
 def _run(
     title: str,
-    files: Files,
-    steps: Sequence[AnyStep],
+    inputs: list[str],
+    reading: Reading,
+    make_steps: Callable[[], list[AnyStep]],
     out: str,
     format: str,
     workers: int,
     executor: str,
-    max_bad_rows: float,
-    keep_going: bool,
 ) -> None:
     from prep.executors import open_executor
-    from prep.part_writer import FORMATS
-    from prep.pipeline import Work, run
-    from prep.stage_folder import Limits
-    from prep.storage import Folder
-    from shards.errors import unknown_name
 
-    if format not in FORMATS:
-        raise UserError(f"--format: {unknown_name('output format', format, FORMATS)}")
-    folder = Folder(out)
-    limits = Limits(max_bad_rows, keep_going)
-    work = Work(title, (files,), tuple(steps), folder, folder.child("scratch"), format, limits)
     with open_executor(executor, workers) as opened:
-        opened.warm_up()
-        result = run(work, opened, say)
-    print_report(result.report, folder.uri)
+        opened.warm_up()  # its processes load while this one does
+        from prep.part_writer import check_format
+        from prep.pipeline import Work, run
+        from prep.stage_folder import Limits
+        from prep.storage import Folder
+
+        folder = Folder(out)
+        limits = Limits(reading.max_bad_rows, reading.keep_going)
+        files, steps = reading.open(inputs, folder), tuple(make_steps())
+        work = Work(title, (files,), steps, folder, folder.child("scratch"), check_format(format), limits)
+        report = run(work, opened, say).report
+    print_report(report, folder.uri)
 
 
 def print_report(report: dict[str, Any], where: str) -> None:
@@ -304,13 +309,13 @@ def print_report(report: dict[str, Any], where: str) -> None:
     console.print(f"report: {where}/report.html", highlight=False, soft_wrap=True)
 
 
-def _dry_run(files: Files, steps: Sequence[AnyStep], number: int) -> None:
+def _dry_run(inputs: list[str], reading: Reading, make_steps: Callable[[], list[AnyStep]], number: int) -> None:
     from rich.console import Console
 
     from prep.dry_run import dry_run
     from prep.report import funnel_table
 
-    report, projection = dry_run([files], steps, number)
+    report, projection = dry_run([reading.open(inputs, None)], make_steps(), number)
     console = Console(width=None if sys.stdout.isatty() else 120)
     for part in funnel_table(report, rejects=True, projection=projection):
         console.print(part)

@@ -51,21 +51,28 @@ def run(
     and OUTPUT/report.html. **Killed?** The same command goes on. **Changed an option?** What depends on it is made
     anew, and only that.
     """
-    from prep.fast import load_fast_encoder, load_tokenizer, use_threads
-    from prep.recipe import load_recipe
-    from prep.run_recipe import dry_run_recipe, run_recipe
-
-    found = load_recipe(recipe)
     if dry_run is not None:
         from rich.console import Console
 
-        for part in dry_run_recipe(found, dry_run):
+        from prep.recipe import load_recipe
+        from prep.run_recipe import dry_run_recipe
+
+        for part in dry_run_recipe(load_recipe(recipe), dry_run):
             Console().print(part)
         return
-    if found.tokenize is not None:
-        use_threads(workers)
-        load_fast_encoder(load_tokenizer(Path(found.tokenize.tokenizer))[0])  # while the documents are made
-    report = run_recipe(found, workers=workers, executor=executor, keep_going=keep_going, say=say)
+    from prep.executors import open_executor
+    from prep.fast import load_fast_encoder, load_tokenizer, use_threads
+
+    use_threads(workers)
+    with open_executor(executor, workers) as opened:
+        opened.warm_up()  # its processes load while this one does
+        from prep.recipe import load_recipe
+        from prep.run_recipe import run_recipe
+
+        found = load_recipe(recipe)
+        if found.tokenize is not None:
+            load_fast_encoder(load_tokenizer(Path(found.tokenize.tokenizer))[0])  # while the documents are made
+        report = run_recipe(found, opened, workers=workers, keep_going=keep_going, say=say)
     print_report(report, found.output.uri)
     for dataset in report["tokens"] or []:
         print(

@@ -8,6 +8,7 @@ threads), and die with the process that made them.
 from __future__ import annotations
 
 import ctypes
+import importlib
 import multiprocessing
 import os
 import signal
@@ -25,6 +26,7 @@ from shards.errors import UserError, unknown_name
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 EXECUTORS = ("local", "ray")
+PRELOADED = ("pyarrow", "prep.parts", "prep.dedup.passes", "prep.filters.rules")  # what most tasks need
 _PR_SET_PDEATHSIG = 1
 
 
@@ -195,7 +197,8 @@ def _begin_worker(parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS"):
         os.environ[name] = "1"
-    import pyarrow
-
+    for module in PRELOADED:
+        importlib.import_module(module)
+    pyarrow = sys.modules["pyarrow"]
     pyarrow.set_cpu_count(1)
     pyarrow.set_io_thread_count(1)

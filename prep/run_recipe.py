@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prep.dry_run import dry_run
-from prep.executors import open_executor
+from prep.executors import Executor
 from prep.fast import load_tokenizer
 from prep.pipeline import DedupStep, read_report, run, write_report
 from prep.recipe import Recipe, TokenizeSettings
@@ -19,13 +19,20 @@ from shards.errors import UserError
 
 def run_recipe(
     recipe: Recipe,
+    executor: Executor,
     *,
     workers: int = 0,
-    executor: str = "local",
     keep_going: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Do all that a recipe asks for; what is done already is not done again.
+
+    Args:
+        recipe: what to do.
+        executor: makes the documents.
+        workers: threads that tokenize; 0: one per core.
+        keep_going: go on behind files that are broken in the middle.
+        say: takes one-line notices.
 
     Returns:
         The report of the whole, which is also written to the recipe's folder.
@@ -42,9 +49,7 @@ def run_recipe(
             )
         load_tokenizer(Path(recipe.tokenize.tokenizer))  # a wrong path is told before the work, not behind it
     work = replace(recipe.work, limits=replace(recipe.work.limits, keep_going=keep_going))
-    with open_executor(executor, workers) as opened:
-        opened.warm_up()
-        result = run(work, opened, say)
+    result = run(work, executor, say)
     report, unchanged = result.report, result.up_to_date
     if recipe.tokenize is not None:
         report["tokens"] = []
