@@ -169,11 +169,16 @@ def memory(options: argparse.Namespace, folder: Path) -> None:
 
 
 def write_huge(source: Path, out: Path, documents: int = 4) -> None:
-    """A .jsonl.zst of documents of 16 MB, each the texts of `source` in a row from another place on."""
+    """A .jsonl.zst of documents of 16 MB, each the texts of `source` in a row from another place on.
+
+    The first rows of `source` stand before them: rules on length remove the huge ones, and an empty result is an error.
+    """
     import zstandard
 
-    texts = [json.loads(line)["text"] for line in lines(source)]
+    rows = list(lines(source))
+    texts = [json.loads(row)["text"] for row in rows]
     with zstandard.open(out, "wb") as file:
+        file.write(b"".join(rows[:1000]))
         for number in range(documents):
             at, parts, size = number * len(texts) // documents, [], 0
             while size < HUGE:
