@@ -9,10 +9,10 @@ a task to each worker: language (en, 0.65) and the four filters; MinHash as Fine
 5-grams, sha1) as signatures, buckets and clusters; then what stays is tokenized. Instead of a file, a folder of
 .jsonl.zst can be given; there should be one file to a worker, since datatrove hands out whole files.
 
-Where it differs from FineWeb's published run, always to datatrove's favour:
+Where it differs from FineWeb's published run:
 
-* No download of URLs, no extraction, no masking, no writers for what is removed; intermediate JSONL is not compressed;
-  the last MinHash step feeds the tokenizer directly, and documents are not shuffled.
+* Less work: no download of URLs, no extraction, no masking, no writers for what is removed; intermediate JSONL is not
+  compressed; the last MinHash step feeds the tokenizer directly, and documents are not shuffled.
 * Language: datatrove's own filter downloads lid.176.bin and asks for another build of fastText. `Language` gives the
   same model's compressed form, lid.176.ftz, the same text and threshold, and takes all 176 scores as the original does.
 

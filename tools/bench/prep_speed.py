@@ -2,9 +2,10 @@
 
 Both take FineWeb's order: language (English, 0.65), Gopher's, C4's and FineWeb's rules, MinHash, tokens; see
 `tools/bench/datatrove_peer.py` for what datatrove is spared. datatrove sees the first part of the text only
-(`--peer-mb`), since it takes some hundred times as long; rates are MB of UTF-8 text per second of wall clock, start-up
-included. Rounds are taken in turns, the best counts. Both run with `--workers` processes. At the end minigpt runs once
-on the peer's part too, so that the numbers of documents kept can be compared.
+(`--peer-mb`), since it takes far longer; the start of its stages' processes, some 10 s in all, weighs on a small part.
+Rates are MB of UTF-8 text per second of wall clock, start-up included. Rounds are taken in turns, the best counts. Both
+run with `--workers` processes. At the end minigpt runs once on the peer's part too, so that the numbers of documents
+kept can be compared.
 
 Peak memory is the sum of the resident sets of the process and all its descendants, sampled 20 times a second:
 pages that processes share count once for each, and a peak of less than 50 ms may be missed.
