@@ -131,6 +131,13 @@ def test_signatures_do_not_depend_on_how_documents_are_batched() -> None:
     assert np.array_equal(whole, np.concatenate(slices))
 
 
+def test_shingles_that_come_very_often_are_sorted_too() -> None:
+    generator = random.Random(4)
+    documents = ["x " * 3_000, "x y " * 3_000 + "z", " ".join(generator.choices("abc", k=9_000))]
+    documents += [" ".join(str(generator.random()) for _ in range(size)) for size in (7, 300, 40_000)]
+    assert sets_of(pa.array(documents)) == [shingles(text) for text in documents]
+
+
 def test_words_of_the_shingles_are_those_of_split_words() -> None:
     documents = ["It's 5 a.m. in İstanbul_x", "one", "a b c d e", "中文 ABC"]
     words = split_words(pa.array(documents))

@@ -38,7 +38,7 @@ from prep.dedup.clusters import (
     settle,
 )
 from prep.dedup.exact import find_copies
-from prep.dedup.passes import DECISIONS
+from prep.dedup.passes import DECISIONS, DIGEST_ROWS, read_ids
 from prep.dedup.settings import DedupSettings
 from prep.executors import Executor
 from prep.stages import BINS
@@ -72,6 +72,10 @@ class PartArrays(NamedTuple):
         """One of its arrays."""
         return load_array(self.folder, f"{part_stem(self.number)}.{key}.npy")
 
+    def load_row(self, key: str, row: int) -> np.ndarray:
+        """A row of one of them."""
+        return read_row(self.folder, f"{part_stem(self.number)}.{key}.npy", row)
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -88,13 +92,13 @@ class Corpus:
         """How many documents the reference has."""
         return sum(part.documents for part in self.parts[: self.reference])
 
-    def load(self, key: str, *, dtype: type, rows: int | None = None) -> np.ndarray:
-        """An array of all documents: [n], or [rows, n]."""
+    def load(self, key: str, dtype: type, row: int | None = None) -> np.ndarray:
+        """An array of all documents, [n], or one row of it."""
         starts = self.starts()
-        found = np.empty(starts[-1] if rows is None else (rows, starts[-1]), dtype)
+        found = np.empty(starts[-1], dtype)
         for part, (begin, end) in zip(self.parts, pairwise(starts), strict=True):
             if part.documents:
-                found[..., begin:end] = part.load(key)
+                found[begin:end] = part.load(key) if row is None else part.load_row(key, row)
         return found
 
 
@@ -123,9 +127,12 @@ def find_exact(corpus: Corpus, settings: DedupSettings, scratch: Folder) -> tupl
         keeper among exact copies, int64 [n], itself for a document that is none and for the reference; ranks, uint32.
     """
     reference = corpus.reference_documents()
-    best = None if settings.keep == "first" else corpus.load("best", dtype=np.float64)
+    best = None if settings.keep == "first" else corpus.load("best", np.float64)
     ranks = make_ranks(int(corpus.starts()[-1]), best=best, reference=reference)
-    copies = find_copies(corpus.load("digests", dtype=np.uint64, rows=2), ranks)
+    digests = np.empty((DIGEST_ROWS, len(ranks)), np.uint64)
+    for row in range(DIGEST_ROWS):
+        digests[row] = corpus.load("hashes", np.uint64, row)
+    copies = find_copies(digests, ranks)
     if settings.method == "minhash":
         save_array(scratch, RANKS, np.where(copies == np.arange(len(copies)), ranks, NOBODY))
     copies[:reference] = np.arange(reference)
@@ -137,10 +144,7 @@ def find_band(band: Band) -> int:
     folder, name = band.scratch.child(EDGES), f"band-{band.number:02d}.npy"
     if folder.exists(name):
         return len(load_array(folder, name))
-    keys = np.empty(band.corpus.starts()[-1], np.uint64)
-    for part, (begin, end) in zip(band.corpus.parts, pairwise(band.corpus.starts()), strict=True):
-        if part.documents:
-            keys[begin:end] = read_row(part.folder, f"{part_stem(part.number)}.keys.npy", band.number)
+    keys = band.corpus.load("hashes", np.uint64, DIGEST_ROWS + band.number)
     edges = find_edges(keys, load_array(band.scratch, RANKS), band.corpus.reference_documents())
     save_array(folder, name, edges)
     return len(edges)
@@ -299,9 +303,7 @@ def _joined(parts: Sequence[PartArrays], folder: Path | None) -> Iterator[tuple[
 
 
 def _ids_of(part: PartArrays) -> pa.Array:
-    data, ends = part.load("ids"), np.cumsum([0, *part.load("id_sizes")], dtype=np.int64)
-    borders, content = pa.py_buffer(ends), pa.py_buffer(data)
-    return pa.LargeStringArray.from_buffers(len(ends) - 1, borders, content).cast(pa.string())
+    return read_ids(part.load("ids")).cast(pa.string())
 
 
 def _take_ids(corpus: Corpus, documents: np.ndarray) -> pa.Array:

@@ -32,6 +32,7 @@ EMPTY = 2**32 - 1
 _BLOCK = 256  # hashes of a block stay in the first-level cache while all permutations pass over them
 _FEW = 24  # below, lanes are permutations instead of shingles
 _START, _PRIME = np.uint64(FNV_START), np.uint64(FNV_PRIME)
+_BUCKET_BITS, _LARGE_BUCKET = 16, 24
 _P, _MIX_1, _MIX_2, _SHIFT = np.uint64(POLYNOMIAL), np.uint64(MIX_1), np.uint64(MIX_2), np.uint64(33)
 _MIX_32_1, _MIX_32_2 = np.uint32(0x85EBCA6B), np.uint32(0xC2B2AE35)
 _S13, _S16, _S32 = np.uint32(13), np.uint32(16), np.uint64(32)
@@ -243,6 +244,43 @@ def _band_keys(signatures: np.ndarray, rows: int, keys: np.ndarray) -> None:
 
 
 @njit(nogil=True, cache=True)
+def _sort(values: np.ndarray, found: np.ndarray, counts: np.ndarray) -> None:
+    """Sort hashes into `found`: by their upper bits into buckets of about one, which are then put in order.
+
+    Three times as fast as a general sort, since hashes are spread evenly; what is not (a shingle that comes very often)
+    gets one.
+    """
+    n = len(values)
+    bits = 1
+    while bits < _BUCKET_BITS and 1 << bits < n:
+        bits += 1
+    shift = np.uint64(64 - bits)
+    counts[: (1 << bits) + 1] = 0
+    for i in range(n):
+        counts[(values[i] >> shift) + np.uint64(1)] += 1
+    for bucket in range(1 << bits):
+        counts[bucket + 1] += counts[bucket]
+    for i in range(n):
+        bucket = values[i] >> shift
+        found[counts[bucket]] = values[i]
+        counts[bucket] += 1
+    begin = 0
+    for bucket in range(1 << bits):
+        end = counts[bucket]
+        if end - begin > _LARGE_BUCKET:
+            found[begin:end] = np.sort(found[begin:end])
+        else:
+            for i in range(begin + 1, end):
+                value = found[i]
+                j = i
+                while j > begin and found[j - 1] > value:
+                    found[j] = found[j - 1]
+                    j -= 1
+                found[j] = value
+        begin = end
+
+
+@njit(nogil=True, cache=True)
 def _shingle_sets(
     data: np.ndarray,
     offsets: np.ndarray,
@@ -252,11 +290,14 @@ def _shingle_sets(
     ends: np.ndarray,
 ) -> None:
     state, ascii = np.zeros(5, np.uint64), _ascii(table, small)
+    found, counts = np.empty(1024, np.uint64), np.empty((1 << _BUCKET_BITS) + 1, np.int64)
     at = 0
     for document in range(len(offsets) - 1):
         state[:] = 0
         _, n = _shingles(data, offsets[document], offsets[document + 1], ascii, table, small, state, hashes[at:])
-        found = np.sort(hashes[at : at + n])
+        if len(found) < n:
+            found = np.empty(2 * n, np.uint64)
+        _sort(hashes[at : at + n], found, counts)
         for i in range(n):
             if i == 0 or found[i] != found[i - 1]:
                 hashes[at] = found[i]

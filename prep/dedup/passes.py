@@ -25,6 +25,8 @@ from prep.storage import Folder
 from shards.errors import UserError
 
 STAGE = "dedup"
+END_OF_ID = 0xFF  # no byte of UTF-8
+DIGEST_ROWS = 2
 SIGNATURES, UNITS, SHINGLES = "signatures", "units", "shingles"
 
 
@@ -32,8 +34,8 @@ SIGNATURES, UNITS, SHINGLES = "signatures", "units", "shingles"
 class Signatures:
     """Product of the pass before exact or MinHash deduplication.
 
-    Arrays of n documents: digests, uint64 [2, n]; keys, uint64 [bands, n], for MinHash; best, float64 [n], unless the
-    first document stays; ids, their UTF-8 bytes, and id_sizes, int32 [n].
+    Arrays of n documents: hashes, uint64 [2 + bands, n], the digest in rows 0 and 1, then, for MinHash, the band keys;
+    best, float64 [n], unless the first document stays; ids, uint8, the UTF-8 bytes of each and then END_OF_ID.
     """
 
     settings: DedupSettings
@@ -48,12 +50,13 @@ class Signatures:
     def __call__(self, batch: pa.RecordBatch) -> dict[str, np.ndarray]:
         """Arrays of a batch."""
         texts = batch.column("text")
-        found = {"digests": make_digests(texts), **_ids(batch.column("id"))}
+        found = {"hashes": make_digests(texts), "ids": _ids(batch.column("id"))}
         if self.settings.method == "minhash":
             used = self.settings.bands * self.settings.rows
             parameters = permutations(self.settings.hashes, self.settings.seed)[:, :used]  # the rest is in no band
             signatures = make_signatures(texts, parameters)
-            found["keys"] = make_band_keys(signatures, self.settings.bands, self.settings.rows)
+            keys = make_band_keys(signatures, self.settings.bands, self.settings.rows)
+            found["hashes"] = np.concatenate([found["hashes"], keys])
         if self.settings.keep != "first":
             found["best"] = _best(batch, self.settings)
         return found
@@ -216,12 +219,22 @@ DECISIONS = pa.schema(
 NO_DECISIONS = DECISIONS.empty_table()
 
 
-def _ids(ids: pa.Array) -> dict[str, np.ndarray]:
+def read_ids(array: np.ndarray) -> pa.Array:
+    """The ids in an array of `Signatures`, as large_string."""
+    stops = np.flatnonzero(array == END_OF_ID)
+    ends = np.concatenate([[0], stops - np.arange(len(stops))]).astype(np.int64)
+    return pa.LargeStringArray.from_buffers(len(stops), pa.py_buffer(ends), pa.py_buffer(array[array != END_OF_ID]))
+
+
+def _ids(ids: pa.Array) -> np.ndarray:
     plain = ids.cast(pa.binary())
     _, borders, data = plain.buffers()
     ends = np.frombuffer(borders, np.int32)[plain.offset : plain.offset + len(plain) + 1]
     raw = np.frombuffer(data, np.uint8) if data is not None else np.zeros(0, np.uint8)
-    return {"ids": raw[ends[0] : ends[-1]], "id_sizes": np.diff(ends)}
+    found = np.full(ends[-1] - ends[0] + len(plain), END_OF_ID, np.uint8)
+    number = np.repeat(np.arange(len(plain)), np.diff(ends))  # of the id that a byte belongs to
+    found[np.arange(len(number)) + number] = raw[ends[0] : ends[-1]]
+    return found
 
 
 def _best(batch: pa.RecordBatch, settings: DedupSettings) -> np.ndarray:
