@@ -9,7 +9,7 @@ from numba import njit
 
 from prep.characters import LETTER, PUNCTUATION, SPACE, UPPER, WORD, classes
 from prep.filters.phrases import make_phrases, phrases_at
-from prep.filters.spans import break_size, cut_spaces, last_start, skip_spaces
+from prep.filters.spans import cut_spaces, last_start, next_break, skip_spaces
 from prep.words import decode
 
 COUNTS = (
@@ -235,18 +235,10 @@ def clean(  # type: ignore[no-untyped-def]
         at, end = offsets[document], offsets[document + 1]
         begin = to = ends[document]
         while at < end:
-            a = at
-            skip = 0
-            while at < end:
-                if line_breaks[data[at]]:
-                    skip = break_size(data, at, end)
-                    if skip:
-                        break
-                at += 1
             found[3, document] += 1
-            b = at
-            at += skip
-            a = skip_spaces(data, a, b, table)
+            b, skip = next_break(data, at, end, line_breaks)
+            a = skip_spaces(data, at, b, table)
+            at = b + skip
             b = cut_spaces(data, a, b, table)
             if a == b:
                 found[5 if need_end else 6, document] += need_end or fewest > 0

@@ -11,7 +11,6 @@ from numba import njit
 
 from prep.characters import LETTER, NUMBER, SPACE, UPPER, WORD, classes
 from prep.filters.spans import (
-    break_size,
     breaks,
     count_characters,
     cut_spaces,
@@ -19,6 +18,8 @@ from prep.filters.spans import (
     hash_span,
     insert,
     last_start,
+    next_break,
+    next_newline,
     skip_spaces,
     terminal,
 )
@@ -158,9 +159,7 @@ def _copies(data, offsets, table, newlines, stripped, found):  # type: ignore[no
             a = b = at
             more = False
             while at < end and not more:  # find the end of the piece [a, b), and the start of the next one
-                while at < end and data[at] != 0x0A:
-                    at += 1
-                b = at
+                b = at = next_newline(data, at, end)
                 while at < end and data[at] == 0x0A:
                     at += 1
                 more = at - b >= newlines
@@ -212,18 +211,13 @@ def _edge(data, a, b, table, splitlines, found, document):  # type: ignore[no-un
 def _edges(data, offsets, table, stops, splitlines, found):  # type: ignore[no-untyped-def]
     for document in range(found.shape[1]):
         at, end = offsets[document], offsets[document + 1]
-        a = at
         while at < end:
-            if not stops[data[at]]:
-                at += 1
-                continue
-            size = break_size(data, at, end) if splitlines else (1 if data[at] == 0x0A else 0)
-            if size:
-                _edge(data, a, at, table, splitlines, found, document)
-                a = at + size
-            at += max(size, 1)
-        if a < end:
-            _edge(data, a, end, table, splitlines, found, document)
+            if splitlines:
+                b, size = next_break(data, at, end, stops)
+            else:
+                b, size = next_newline(data, at, end), 1
+            _edge(data, at, b, table, splitlines, found, document)
+            at = b + size
 
 
 @njit(nogil=True, cache=True)
@@ -234,9 +228,7 @@ def _plain_lines(data, offsets, table, ends, found):  # type: ignore[no-untyped-
         lines = terminals = short = copied = newlines = np.int64(0)
         while at < end:
             a = at
-            while at < end and data[at] != 0x0A:
-                at += 1
-            b = at
+            b = at = next_newline(data, at, end)
             if at < end:
                 newlines += 1
                 at += 1
@@ -263,25 +255,14 @@ def _plain_lines(data, offsets, table, ends, found):  # type: ignore[no-untyped-
 def _line_lengths(data, offsets, stops, found):  # type: ignore[no-untyped-def]
     for document in range(found.shape[1]):
         at, end = offsets[document], offsets[document + 1]
-        lines = total = longest = size = np.int64(0)
-        open_line = False
+        lines = total = longest = np.int64(0)
         while at < end:
-            skip = break_size(data, at, end) if stops[data[at]] else 0
-            if skip:
-                lines += 1
-                total += size
-                longest = max(longest, size)
-                size = np.int64(0)
-                open_line = False
-                at += skip
-            else:
-                size += (data[at] & 0xC0) != 0x80
-                open_line = True
-                at += 1
-        if open_line:
+            b, skip = next_break(data, at, end, stops)
+            size = count_characters(data, at, b)
             lines += 1
             total += size
             longest = max(longest, size)
+            at = b + skip
         found[0, document] = lines
         found[1, document] = total
         found[2, document] = longest

@@ -7,9 +7,11 @@ Numba's cache does not see that a function called from another file has changed:
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import njit, types
+from numba.extending import intrinsic
 
 from prep.characters import SPACE
 from prep.words import decode, mix
@@ -27,6 +29,8 @@ FE56-FE57 FF01 FF0E FF1F FF61 10A56-10A57 10F55-10F59 10F86-10F89 11047-11048 11
 """
 _FACTOR, _SHIFT = np.uint64(0x9E3779B97F4A7C15), np.uint64(32)
 _SPACE = np.uint8(SPACE)
+_ONES, _HIGH = np.uint64(0x0101010101010101), np.uint64(0x8080808080808080)
+_NEWLINES, _BLANKS = np.uint64(0x0A0A0A0A0A0A0A0A), np.uint64(0x2020202020202020)
 
 
 @lru_cache(maxsize=1)
@@ -45,6 +49,50 @@ def breaks() -> np.ndarray:
     found = np.zeros(256, np.uint8)
     found[[0x0A, 0x0B, 0x0C, 0x0D, 0x1C, 0x1D, 0x1E, 0xC2, 0xE2]] = 1
     return found
+
+
+@intrinsic
+def load_eight(context: Any, data: Any, at: Any) -> Any:
+    """Eight bytes of a uint8 array from position `at` on as one uint64: numba itself would load them one by one."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        kind = context.get_value_type(types.uint64)
+        address = builder.gep(array.data, [arguments[1]])
+        return builder.load(builder.bitcast(address, kind.as_pointer()), align=1)
+
+    return types.uint64(data, at), generate
+
+
+@njit(nogil=True, cache=True)
+def next_newline(data, at, end):  # type: ignore[no-untyped-def]
+    """The first newline in [at, end), or end; eight bytes at a time."""
+    while at + 8 <= end:
+        word = load_eight(data, at) ^ _NEWLINES
+        if (word - _ONES) & ~word & _HIGH:
+            break
+        at += 8
+    while at < end and data[at] != 0x0A:
+        at += 1
+    return at
+
+
+@njit(nogil=True, cache=True)
+def next_break(data, at, end, stops):  # type: ignore[no-untyped-def]
+    """The first line break of `str.splitlines` in [at, end), or end; and its bytes. `stops` is `breaks()`."""
+    while at < end:
+        if at + 8 <= end:
+            word = load_eight(data, at)  # printable ASCII only: none of them is a break
+            if not ((word - _BLANKS) | word) & _HIGH:
+                at += 8
+                continue
+        for _ in range(min(8, end - at)):
+            if stops[data[at]]:
+                size = break_size(data, at, end)
+                if size:
+                    return at, size
+            at += 1
+    return end, 0
 
 
 @njit(nogil=True, cache=True)
@@ -107,10 +155,7 @@ def hash_span(data, a, b):  # type: ignore[no-untyped-def]
     value = np.uint64(b - a) * _FACTOR
     at = a
     while at + 8 <= b:
-        word = np.uint64(0)
-        for byte in range(8):
-            word |= np.uint64(data[at + byte]) << np.uint64(8 * byte)
-        value = (value ^ word) * _FACTOR
+        value = (value ^ load_eight(data, at)) * _FACTOR
         value ^= value >> _SHIFT
         at += 8
     word = np.uint64(0)

@@ -1,16 +1,16 @@
 """Decisions of the filters beside datatrove's on the same documents, and for each difference the rule and both values.
 
-datatrove runs in a Python of its own (`--datatrove-python`), since it wants other versions of the libraries. Gopher
-quality and repetition see the documents; C4 too, with and without its rule on line ends; FineWeb's rules see what C4's
-cleaning (without that rule) left, each side its own.
+Gopher quality and repetition see the documents; C4 too, with and without its rule on line ends; FineWeb's rules see
+what C4's cleaning (without that rule) left, each side its own. datatrove may stand in a Python of its own.
 
-    python3 -m venv /tmp/datatrove && /tmp/datatrove/bin/pip install datatrove spacy nltk regex ftfy
-    python -m tools.bench filter-decisions --datatrove-python /tmp/datatrove/bin/python
+    python -m tools.bench filter-decisions
+    python -m tools.bench filter-decisions --data web.jsonl.zst --datatrove-python /tmp/datatrove/bin/python
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import subprocess
 import sys
@@ -112,11 +112,13 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--datatrove-python", required=True, help="a Python in which datatrove and spaCy are installed")
+    parser.add_argument("--datatrove-python", default=sys.executable, help="a Python in which datatrove is installed")
     parser.add_argument("--data", type=Path, nargs="*", help="files of rows with a key `text` (.jsonl, .jsonl.zst)")
     parser.add_argument("--documents", type=int, default=2000, help="documents from each file")
     parser.add_argument("--show", type=int, default=1000, help="differences to print for each file")
     options = parser.parse_args()
+    if options.datatrove_python == sys.executable and importlib.util.find_spec("datatrove") is None:
+        raise UserError("datatrove is not installed: pip install -c constraints.txt -e '.[bench]'")
     for path in options.data or [SHARED / "c4-300.jsonl", SHARED / "books.jsonl.zst"]:
         if not path.is_file():
             raise UserError(f"{path}: no such file; name others with --data")
