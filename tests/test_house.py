@@ -76,6 +76,7 @@ def test_commands_start_light(program):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: str(p.relative_to(ROOT)))
 def test_shipped_configurations_load(path, monkeypatch):
+    from prep.recipe import read_recipe
     from shards.mixture import load_mixture
     from train.config import load_experiment
     from train.models import ModelRegistry
@@ -85,6 +86,8 @@ def test_shipped_configurations_load(path, monkeypatch):
     match path.relative_to(ROOT / "configs").parts[0]:
         case "model":
             ModelRegistry.load_config(path)
+        case "data" if "recipes" in path.parts:
+            assert read_recipe(path).sources
         case "data":
             assert load_mixture(path).sources
         case "experiments":

@@ -1,4 +1,4 @@
-"""The whole way in a few minutes: real text, a tokenizer, token shards, a mixture, a trained model, samples.
+"""The whole way in a few minutes: real text, a tokenizer, a recipe, a mixture, a trained model, samples.
 
 `make demo`, or `python -m tools.demo`. Every step is a command that is printed before it runs; a step whose result is
 there is skipped.
@@ -23,6 +23,7 @@ from tools.demo_corpus import collect
 
 DATA = Path("data/demo")
 RUN = Path("experiments/demo")
+RECIPE = "configs/data/recipes/demo.yaml"
 MIXTURE = "configs/data/demo.yaml"
 EXPERIMENT = "configs/experiments/active/demo.yaml"
 SOURCES = ("code", "prose")
@@ -48,10 +49,8 @@ def main() -> None:
     else:
         sample = ["--vocab-size", "4096", "--sample-bytes", "20000000"]
         run_tool("minigpt-prep", "train-tokenizer", *raw, *sample, "--out", str(tokenizer))
-    console.rule("[bold]3. token shards, one document in fifty for validation")
-    for source, path in zip(SOURCES, raw, strict=True):
-        where = ["--tokenizer", str(tokenizer), "--out", str(DATA / source)]
-        run_tool("minigpt-prep", "tokenize", path, *where, "--source", source, "--val-fraction", "0.02")
+    console.rule("[bold]3. a recipe: filters, masking, deduplication, token shards")
+    run_tool("minigpt-prep", "run", RECIPE)
     console.rule("[bold]4. the mixture")
     run_tool(
         "minigpt-mix", "inspect", MIXTURE, "--seq-len", "256", "--tokens", "2457600", "--html", str(DATA / "mix.html")
@@ -110,6 +109,8 @@ def summarise() -> None:
     console.print()
     for what, where in [
         ("tokenizer", DATA / "tokenizer.json"),
+        ("clean documents", DATA / "documents"),
+        ("what was removed, and why", DATA / "report.html"),
         ("token shards", f"{DATA}/code, {DATA}/prose"),
         ("picture of the mixture", DATA / "mix.html"),
         ("run folder", RUN),
@@ -124,7 +125,8 @@ def summarise() -> None:
         f"  minigpt-generate {RUN} --prompt 'def main('               # more text\n"
         f"  minigpt-mix show {MIXTURE} --seq-len 256 --step 1 --batch-size 16   # what the model saw\n"
         f"  python train/pretrain.py --config {EXPERIMENT} training.max_steps=2000   # train on from here\n"
-        "  minigpt-prep tokenize --help                                    # your own text",
+        f"  minigpt-prep sample {DATA}/before-dedup --rejected     # what the filters removed, and why\n"
+        "  minigpt-prep run --help                                         # your own text",
         highlight=False,
         soft_wrap=True,
     )

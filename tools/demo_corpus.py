@@ -3,8 +3,9 @@
     code.jsonl.zst     modules of the standard library and the installed packages
     prose.jsonl.zst    their docstrings, READMEs and manuals
 
-Files are taken in the order of the hash of their path until a corpus is full, so that the choice is spread over all
-packages and the same on every run.
+Files are taken in the order of the hash of their name until a corpus is full, so that the choice is spread over all
+packages and the same on every run. A name is a path below the folder that Python installs into, as in
+`site-packages/numpy/linalg/__init__.py`, so that it is the same wherever Python is installed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import xxhash
 import zstandard
@@ -30,13 +32,20 @@ PROSE_SUFFIXES = {".rst", ".md"}
 FILE_BYTES = range(400, 300_000)  # smaller ones say little, larger ones are mostly tables
 
 
+class File(NamedTuple):
+    """A file, and the name by which its documents are known."""
+
+    path: Path
+    name: str
+
+
 def collect(folder: Path) -> dict[str, int]:
     """Write the two corpora into `folder`; returns the bytes of text of each."""
     folder.mkdir(parents=True, exist_ok=True)
     roots = [Path(sysconfig.get_paths()[name]) for name in ("stdlib", "purelib")]
-    files = sorted(find_files(roots), key=lambda path: xxhash.xxh32_intdigest(str(path).encode()))
-    modules = [path for path in files if path.suffix == ".py"]
-    manuals = [path for path in files if path.suffix != ".py"]
+    files = sorted(find_files(roots), key=lambda file: xxhash.xxh32_intdigest(file.name.encode()))
+    modules = [file for file in files if file.path.suffix == ".py"]
+    manuals = [file for file in files if file.path.suffix != ".py"]
     sizes = {"code": write_corpus(folder / "code.jsonl.zst", read_documents(modules), CODE_BYTES)}
     with ProcessPoolExecutor() as pool:
         docstrings = (found for found in pool.map(docstrings_of, modules, chunksize=32) if found is not None)
@@ -46,7 +55,7 @@ def collect(folder: Path) -> dict[str, int]:
     return sizes
 
 
-def find_files(roots: Iterable[Path]) -> Iterator[Path]:
+def find_files(roots: Iterable[Path]) -> Iterator[File]:
     """Python modules and prose below the roots."""
     for root in roots:
         for path in root.rglob("*"):
@@ -55,27 +64,27 @@ def find_files(roots: Iterable[Path]) -> Iterator[Path]:
             if not wanted or SKIPPED_FOLDERS.intersection(inside):
                 continue
             if path.is_file() and path.stat().st_size in FILE_BYTES:
-                yield path
+                yield File(path, f"{root.name}/{path.relative_to(root).as_posix()}")
 
 
-def read_documents(paths: Iterable[Path]) -> Iterator[tuple[str, str]]:
+def read_documents(files: Iterable[File]) -> Iterator[tuple[str, str]]:
     """(id, text) of files that are UTF-8."""
-    for path in paths:
+    for file in files:
         try:
-            yield str(path), path.read_text(encoding="utf-8")
+            yield file.name, file.path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue
 
 
-def docstrings_of(path: Path) -> tuple[str, str] | None:
+def docstrings_of(file: File) -> tuple[str, str] | None:
     """The longer docstrings of a module as one document, or None."""
     try:
-        tree = ast.parse(path.read_bytes())
+        tree = ast.parse(file.path.read_bytes())
     except (SyntaxError, ValueError):
         return None
     nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)]
     docs = [doc for node in nodes if (doc := ast.get_docstring(node)) and len(doc) > 200]
-    return (f"{path}#docstrings", "\n\n".join(docs)) if docs else None
+    return (f"{file.name}#docstrings", "\n\n".join(docs)) if docs else None
 
 
 def write_corpus(path: Path, documents: Iterable[tuple[str, str]], limit: int) -> int:
