@@ -69,7 +69,7 @@ class PartWriter:
 
     def __enter__(self) -> PartWriter:
         with ExitStack() as files:
-            self._file = files.enter_context(self.folder.create(self.file_name))
+            self._file = files.enter_context(self.folder.create(self.file_name, durable=False))
             if self.format == "parquet":
                 repeated = [name for name in self.schema.names if name not in _UNIQUE]
                 self._parquet = files.enter_context(

@@ -33,7 +33,7 @@ from prep.documents import BLOCK_BYTES, START, Block, BrokenInput, Columns, Docu
 from prep.part_writer import Format, PartWriter, read_part
 from prep.sources import read_blocks
 from prep.stages import REASON_COLUMNS, Product, Stage, Step, Tally, run_steps, text_bytes
-from prep.storage import Folder
+from prep.storage import Folder, stat
 
 MIN_PART_BYTES, MAX_PART_BYTES = 4 << 20, 64 << 20
 PARTS_WANTED = 64  # of a small input: enough to keep many workers busy to the end
@@ -203,6 +203,7 @@ def run_part(job: Job, digest: str, part: Part) -> dict[str, Any]:
     broken: list[str] = []
     arrays: dict[str, list[np.ndarray]] = {}
     out_schema = job.out_schema()
+    made = [f"{name}.{job.format}"] if job.writes else []
     with ExitStack() as files:
         writer = files.enter_context(PartWriter(job.folder, name, out_schema, job.format)) if job.writes else None
         rejects = files.enter_context(Rejects(job, name, part.source, out_schema))
@@ -221,29 +222,43 @@ def run_part(job: Job, digest: str, part: Part) -> dict[str, Any]:
                     arrays.setdefault(key, []).append(array)
             if writer is not None:
                 writer.write(conform(batch, out_schema))
+    if rejects.any:
+        made.append(f"{REJECTED}/{name}.{job.format}")
     if job.product is not None:
-        save_arrays(job.folder.child(job.product.name), name, arrays)
+        made += save_arrays(job.folder, job.product.name, name, arrays)
     state = {"number": part.number, "source": part.source, "key": part.key, "digest": digest, **counted}
     state |= {"broken": broken, "tallies": [tally.to_json() for tally in tallies]}
-    job.folder.child(STATE).write(f"{name}.json", orjson.dumps(state))
+    state["files"] = {file: found.size for file in made if (found := stat(job.folder.path(file)))}
+    job.folder.child(STATE).write(f"{name}.json", orjson.dumps(state), durable=False)
     return state
 
 
 def read_state(folder: Folder, number: int) -> dict[str, Any] | None:
-    """The state of a part that was finished, if there is one."""
+    """The state of a part that was finished, if there is one and its files are there.
+
+    A part's files are synced behind the last part only, so after a power cut a file may be shorter than its state says.
+    """
     content = folder.child(STATE).read(f"{part_name(number)}.json")
-    if content is None:
+    try:
+        state: dict[str, Any] | None = orjson.loads(content) if content else None
+    except orjson.JSONDecodeError:
         return None
-    state: dict[str, Any] = orjson.loads(content)
+    for file, size in state["files"].items() if state else ():
+        found = stat(folder.path(file))
+        if found is None or found.size != size:
+            return None
     return state
 
 
-def save_arrays(folder: Folder, name: str, arrays: dict[str, list[np.ndarray]]) -> None:
-    """Join arrays along their last axis and write `NAME.KEY.npy` for each."""
+def save_arrays(folder: Folder, product: str, name: str, arrays: dict[str, list[np.ndarray]]) -> list[str]:
+    """Join arrays along their last axis, write `PRODUCT/NAME.KEY.npy` for each, and give these names."""
+    made = []
     for key, found in arrays.items():
+        made.append(f"{product}/{name}.{key}.npy")
         content = io.BytesIO()
         np.save(content, np.concatenate(found, axis=-1))
-        folder.write(f"{name}.{key}.npy", content.getvalue())
+        folder.child(product).write(f"{name}.{key}.npy", content.getvalue(), durable=False)
+    return made
 
 
 def conform(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
@@ -276,6 +291,11 @@ class Rejects:
         self._files.__exit__(kind, error, trace)
         if kind is None and self._writer is None:  # an earlier run with other options may have left one
             self.folder.remove(f"{self.name}.{self.format}")
+
+    @property
+    def any(self) -> bool:
+        """Whether there are any."""
+        return self._writer is not None
 
     def take(self, malformed: Sequence[Rejected], tallies: Sequence[Tally]) -> None:
         """Write what a block and the steps that saw it have set aside."""

@@ -112,6 +112,9 @@ def run_pass(
     _check_bad_rows(job.folder, found, limits.max_bad_rows)
     _check_whole(job.folder, found, limits.keep_going)
     _remove_others(job, len(found))
+    made = [states[number] for number in consumed]
+    job.folder.sync([f"{STATE}/{part_name(state['number'])}.json" for state in made])
+    job.folder.sync([file for state in made for file in state["files"]])
     _write_manifest(job, found, made_from)
     return Done(found, up_to_date=False)
 

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from prep.documents import Columns, Rejected, too_many_bad
+from prep.documents import BrokenInput, Columns, Rejected, too_many_bad
 from prep.filters.classifier import ClassifierStage
 from prep.filters.fasttext_model import PREFIX, open_model
 from prep.progress import Progress
@@ -261,7 +261,10 @@ def _read(
     rows = bad = read = 0
     with Progress(f"reading {name}", sum(item.size for item in inputs)) as progress:
         for block in read_blocks(inputs, columns):
-            documents = block.load()
+            try:
+                documents = block.load()
+            except BrokenInput as error:
+                raise UserError(f"{error}; {ADVICE}") from None
             rows, bad = rows + documents.rows, bad + len(documents.rejected)
             rejected += documents.rejected[: 1 - len(rejected)]
             if block.broken:

@@ -29,11 +29,11 @@ def load_array(folder: Folder, name: str) -> np.ndarray:
     return array
 
 
-def save_array(folder: Folder, name: str, array: np.ndarray) -> None:
-    """Write an array."""
+def save_array(folder: Folder, name: str, array: np.ndarray, *, durable: bool = True) -> None:
+    """Write an array; one that every run makes anew need not be durable."""
     content = io.BytesIO()
     np.save(content, array)
-    folder.write(name, content.getvalue())
+    folder.write(name, content.getvalue(), durable=durable)
 
 
 def array_length(folder: Folder, name: str) -> int:

@@ -217,7 +217,7 @@ def write_candidates(corpus: Corpus, documents: np.ndarray, scratch: Folder) -> 
         if first < last:
             part = corpus.parts[position]
             folder = scratch.child(CANDIDATES if position >= corpus.reference else REFERENCE_CANDIDATES)
-            save_array(folder, f"{part_stem(part.number)}.npy", documents[first:last] - begin)
+            save_array(folder, f"{part_stem(part.number)}.npy", documents[first:last] - begin, durable=False)
             held.append(part._replace(documents=int(last - first)))
     return held
 
@@ -259,7 +259,7 @@ def write_decisions(corpus: Corpus, found: Found, scratch: Folder, out: Folder) 
             method = pc.if_else(near, "minhash", "exact")
             columns = [keeper_ids.take(places), keeper_sources.take(places), pa.array(similarity[documents])]
             decided = pa.table([pa.array(rows), method, *columns], schema=DECISIONS)
-            with folder.create(name) as target:
+            with folder.create(name, durable=False) as target:
                 pyarrow.parquet.write_table(decided, target, compression="zstd")
             ids = _ids_of(part).take(pa.array(rows))
             source = pa.repeat(pa.scalar(part.source), len(rows))

@@ -97,5 +97,5 @@ def find_cuts(
         for repeats in found:
             first, last = np.searchsorted(repeats, [begin, end])
             repeated[repeats[first:last] - begin] = True
-        save_array(scratch.child(CUTS), f"{part_stem(part)}.npy", repeated)
+        save_array(scratch.child(CUTS), f"{part_stem(part)}.npy", repeated, durable=False)
     return total
