@@ -35,35 +35,13 @@ _EDIT, _NEEDED = np.frombuffer(b"[edit]", np.uint8), np.frombuffer(b"[citation n
 
 @lru_cache(maxsize=1)
 def scan_table() -> np.ndarray:
-    """What a byte is to the kernel, in bits: 2 the anchor of a phrase, or a bracket; 4 ASCII punctuation, or the first
-    byte of a character that is not ASCII."""
+    """What a byte is to the kernel, in bits: 2 the anchor of a phrase, 4 ASCII punctuation, or the first byte of a
+    character that is not ASCII."""
     table = np.zeros(256, np.uint8)
-    table[[0x5B, 0x7B, *np.flatnonzero(PHRASES.anchors)]] = 2
+    table[np.flatnonzero(PHRASES.anchors)] = 2
     table[0xC2:] |= 4
     table[:128][classes()[:128] & PUNCTUATION != 0] |= 4
     return table
-
-
-@njit(nogil=True, cache=True)
-def _scan(data, a, b, stops, phrases):  # type: ignore[no-untyped-def]
-    """Bits of the phrases and brackets in [a, b)."""
-    bits = np.uint32(0)
-    at = a
-    while True:
-        while at < b and not stops[data[at]] & 2:
-            at += 1
-        if at == b:
-            return bits
-        byte = data[at]
-        if byte == 0x7B:
-            bits |= _CURLY
-        elif byte == 0x5B:
-            bits |= _SQUARE
-        elif at + 1 < b:
-            hit = phrases.anchors[byte] & phrases.follows[data[at + 1]]
-            if hit:
-                bits |= phrases_at(data, a, b, at, hit, phrases)
-        at += 1
 
 
 @njit(nogil=True, cache=True)
@@ -171,15 +149,21 @@ def _abbreviated(data, a, at, table, abbreviations):  # type: ignore[no-untyped-
 
 
 @njit(nogil=True, cache=True)
-def _sentences(data, a, b, table, stops, ends, abbreviations):  # type: ignore[no-untyped-def]
-    """Sentences in a line, at least one; see docs/FILTERS.md for the definition."""
-    sentences, ended = np.int64(1), False
+def _look(data, a, b, table, stops, ends, abbreviations, phrases):  # type: ignore[no-untyped-def]
+    """Bits of the phrases and brackets in a line, and its sentences, at least one; docs/FILTERS.md defines them."""
+    found, sentences, ended = np.uint32(0), np.int64(1), False
     at = a
     while at < b:
-        while at < b and not ended and not stops[data[at]] & 4:
-            at += 1
-        if at == b:
-            break
+        if not ended:
+            while at < b and not stops[data[at]]:
+                at += 1
+            if at == b:
+                break
+        byte = data[at]
+        if stops[byte] & 2 and at + 1 < b:
+            hit = phrases.anchors[byte] & phrases.follows[data[at + 1]]
+            if hit:
+                found |= phrases_at(data, a, b, at, hit, phrases)
         code, size = decode(data, at)
         bits = table[code]
         if not (bits & _PUNCTUATION or ends[code]):
@@ -199,6 +183,10 @@ def _sentences(data, a, b, table, stops, ends, abbreviations):  # type: ignore[n
                 stop = True
             elif not table[code] & _PUNCTUATION:
                 break
+            elif code == 0x7B:
+                found |= _CURLY
+            elif code == 0x5B:
+                found |= _SQUARE
             close += size
         if stop and close < b:
             code, _ = decode(data, close)
@@ -208,7 +196,7 @@ def _sentences(data, a, b, table, stops, ends, abbreviations):  # type: ignore[n
                 left, _ = decode(data, last_start(data, a, at))
                 ended |= (table[left] & (_LETTER | _UPPER)) == _LETTER
         at = close
-    return sentences
+    return found, sentences
 
 
 @njit(nogil=True, cache=True)
@@ -246,7 +234,7 @@ def clean(  # type: ignore[no-untyped-def]
             if b - a > longest and _has_longer_word(data, a, b, longest, table):
                 found[4, document] += 1
                 continue
-            bits = _scan(data, a, b, stops, phrases)
+            bits, sentences = _look(data, a, b, table, stops, ends_sentence, abbreviations, phrases)
             enough = _has_words(data, a, b, fewest, table)
             first = to + (to > begin)  # behind a newline
             removed = 0
@@ -254,7 +242,7 @@ def clean(  # type: ignore[no-untyped-def]
                 last, removed = _without_citations(data, a, b, out, first)
             if removed:
                 found[9, document] += removed
-                bits = _scan(out, first, last, stops, phrases)
+                bits, sentences = _look(out, first, last, table, stops, ends_sentence, abbreviations, phrases)
                 if count_after:
                     enough = _has_words(out, first, last, fewest, table)
             else:
@@ -278,7 +266,7 @@ def clean(  # type: ignore[no-untyped-def]
             elif no_policy and bits & _POLICY:
                 found[8, document] += 1
             else:
-                found[2, document] += _sentences(out, first, last, table, stops, ends_sentence, abbreviations)
+                found[2, document] += sentences
                 if to > begin:
                     out[to] = 0x0A
                 to = last
