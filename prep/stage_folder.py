@@ -93,8 +93,8 @@ def run_pass(
                 continue
             if not consumed:
                 job.folder.remove(MANIFEST)  # from here on the folder is not what it says
-            if state:  # nor is the part: killed amid it and run with the old options, it would look done
-                job.folder.child(STATE).remove(f"{part_name(part.number)}.json")
+            # Nor is the part: killed amid it and run with the old options, it would look done.
+            job.folder.child(STATE).remove(f"{part_name(part.number)}.json")
             consumed[part.number] = part.consumed
             yield part
             del part
