@@ -11,7 +11,7 @@ BENCHMARKS = {  # name: module and what it measures
     "loader": ("tools.bench.loader", "window loader against nanoGPT's get_batch, opening a trillion tokens"),
     "filter": ("tools.bench.filter_speed", "each filter against datatrove's"),
     "filter-decisions": ("tools.bench.filter_decisions", "documents that datatrove's filters judge differently"),
-    "dedup": ("tools.bench.dedup_speed", "MinHash deduplication against datasketch, rensa and datatrove"),
+    "dedup": ("tools.bench.dedup_speed", "MinHash deduplication against datasketch and rensa; whole runs"),
     "language": ("tools.bench.language_table", "language identification: accuracy and speed by language and length"),
     "prep": ("tools.bench.prep_speed", "JSONL to clean, deduplicated shards against datatrove; peak memory"),
     "tokenize": ("tools.bench.tokenize_speed", "JSONL to shards against a pool of `tokenizers`"),

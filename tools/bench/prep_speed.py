@@ -7,6 +7,9 @@ Rates are MB of UTF-8 text per second of wall clock, start-up included. Rounds a
 run with `--workers` processes. At the end minigpt runs once on the peer's part too, so that the numbers of documents
 kept can be compared.
 
+minigpt's input is the file and, with `--copies N`, N - 1 more that are made from it: the words of each line but its last
+are shuffled, so they are other documents of the same kind, which no deduplication removes.
+
 Peak memory is the sum of the resident sets of the process and all its descendants, sampled 20 times a second:
 pages that processes share count once for each, and a peak of less than 50 ms may be missed.
 
@@ -22,6 +25,7 @@ import importlib.util
 import io
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -67,6 +71,7 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, default=SHARED / "books.jsonl.zst", help="a .jsonl.zst with a key `text`")
     parser.add_argument("--tokenizer", type=Path, default=SHARED / "gpt2-tokenizer.json")
+    parser.add_argument("--copies", type=int, default=4, help="files that minigpt sees, the data among them")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--peer-mb", type=float, default=4.0, help="MB of text that datatrove sees")
@@ -89,17 +94,20 @@ def speed(options: argparse.Namespace, folder: Path) -> None:
         raise UserError("datatrove is not installed: pip install -c constraints.txt -e '.[bench]'")
     part = folder / "part"
     cut(options.data, part, int(options.peer_mb * 1e6), options.workers)
-    text_mb = text_size(options.data)[1] / 1e6
+    inputs = [options.data, *(folder / f"shuffled-{number}.jsonl.zst" for number in range(1, options.copies))]
+    for seed, path in enumerate(inputs[1:], 1):
+        write_shuffled(options.data, path, seed)
+    text_mb = sum(text_size(path)[1] for path in inputs) / 1e6
     ours, others = [], []
     for number in range(options.rounds):
-        ours.append(run_minigpt(options, folder, [options.data], text_mb))
+        ours.append(run_minigpt(options, folder, inputs, text_mb))
         others.append(run_peer(options, part))
         print(f"round {number + 1}: {ours[-1].rate:.1f} MB/s, datatrove {others[-1].rate:.3f} MB/s", file=sys.stderr)
     small = run_minigpt(options, folder, sorted(part.iterdir()), others[0].text_mb)
     best, best_peer = max(ours, key=lambda one: one.rate), max(others, key=lambda one: one.rate)
     cores = len(os.sched_getaffinity(0))
     print(
-        f"{options.data.name}: {text_mb:.1f} MB of text, {cores} cores, {options.workers} workers, best of {len(ours)}"
+        f"{options.data.name} × {options.copies}: {text_mb:.1f} MB of text, {cores} cores, {options.workers} workers, best of {len(ours)}"
     )
     for title, one in (("minigpt-prep run", best), ("datatrove", best_peer)):
         print(
@@ -110,6 +118,23 @@ def speed(options: argparse.Namespace, folder: Path) -> None:
     print(f"  documents kept of the first {small.text_mb:.1f} MB: minigpt {small.kept}, datatrove {best_peer.kept}")
     for stage in json.loads(best_peer.run.output.splitlines()[-1])["stages"]:
         print(f"    datatrove, {stage['name']:<12}{stage['seconds']:7.2f} s")
+
+
+def write_shuffled(source: Path, out: Path, seed: int) -> None:
+    """Documents with the words of `source` in another order: within each line, the last one stays in its place."""
+    import zstandard
+
+    rng = random.Random(seed)
+    with zstandard.open(out, "wb") as file:
+        for line in lines(source):
+            row = json.loads(line)
+            text = []
+            for words in (part.split(" ") for part in row["text"].split("\n")):
+                *rest, last = words
+                rng.shuffle(rest)
+                text.append(" ".join([*rest, last]))
+            row = {**row, "id": f"{row['id']}~{seed}", "text": "\n".join(text)}
+            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
 
 def run_minigpt(options: argparse.Namespace, folder: Path, inputs: list[Path], text_mb: float) -> Outcome:
