@@ -8,7 +8,9 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import os
 import random
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ import prep.jsonl
 import prep.parquet
 import prep.parts
 import prep.sources
+from prep.stages import NOTHING_ADDED, Tally
 
 PART_BYTES, SMALL_BLOCK_BYTES = 48 << 10, 12 << 10
 SMALL = {
@@ -206,6 +209,26 @@ def rejected(folder: Path) -> list[dict[str, Any]]:
 def kept(folder: Path) -> list[dict[str, Any]]:
     """All documents of a stage's folder."""
     return [row for path in sorted(folder.glob("part-*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+@dataclass(frozen=True)
+class DieOnce:
+    """A stage whose process dies at its first call; `mark` is a file that says that it did."""
+
+    mark: str
+    name: str = "dies"
+    adds: pa.Schema = NOTHING_ADDED
+
+    def describe(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def __call__(self, batch: pa.RecordBatch, tally: Tally) -> pa.RecordBatch:
+        """All documents."""
+        if not Path(self.mark).exists():
+            Path(self.mark).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return batch
 
 
 make_small_now = "prep_runs.py" in Path(sys.argv[0]).name  # in the workers of such a run too
