@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +193,22 @@ def test_demo_takes_another_corpus(data, monkeypatch):
     report = run("demo")
     assert [entry["name"] for entry in report["tokens"]] == ["code", "prose"]
     assert TokenDataset(data / "data/demo/prose").manifest.documents > 30
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/DATASET_MIXING_GUIDE.md"])
+def test_recipes_in_the_documentation_can_be_built(page, data):
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    recipes = [block for block in blocks if "stages:" in block]
+    assert recipes
+    for folder in ("crawl", "raw"):
+        (data / folder).mkdir()
+    table = pa.table({"text": ["a"], "url": ["https://a.org"]})
+    pq.write_table(table, data / "crawl/0.parquet")
+    shutil.copy(write_rows(data / "raw/web.jsonl", [{"text": "a"}]), data / "raw/books.jsonl")
+    (data / "raw/books.jsonl.zst").write_bytes(zstandard.compress((data / "raw/books.jsonl").read_bytes()))
+    for file in (data / "data/evaluation").iterdir():
+        shutil.copy(file, data)
+    for number, block in enumerate(recipes):
+        path = data / f"{number}.yaml"
+        path.write_text(block)
+        assert load_recipe(path).tokenize is not None
