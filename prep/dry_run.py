@@ -68,7 +68,7 @@ def _sample(
 ) -> float:
     """Run the first documents of a file through the stages; about how many bytes of the file they are."""
     seen = consumed = 0
-    for block in read_blocks([item], files.columns, files.schema):
+    for block in read_blocks([item], files.columns, schema=files.schema):
         try:
             documents = block.load()
         except BrokenInput:
