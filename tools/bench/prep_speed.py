@@ -7,8 +7,8 @@ Rates are MB of UTF-8 text per second of wall clock, start-up included. Rounds a
 run with `--workers` processes. At the end minigpt runs once on the peer's part too, so that the numbers of documents
 kept can be compared.
 
-minigpt's input is the file and, with `--copies N`, N - 1 more that are made from it: the words of each line but its last
-are shuffled, so they are other documents of the same kind, which no deduplication removes.
+minigpt's input is the file and, with `--copies N`, N - 1 more that are made from it: in each line all words but the
+last are shuffled, so they are other documents of the same kind, which no deduplication removes.
 
 Peak memory is the sum of the resident sets of the process and all its descendants, sampled 20 times a second:
 pages that processes share count once for each, and a peak of less than 50 ms may be missed.
@@ -107,7 +107,8 @@ def speed(options: argparse.Namespace, folder: Path) -> None:
     best, best_peer = max(ours, key=lambda one: one.rate), max(others, key=lambda one: one.rate)
     cores = len(os.sched_getaffinity(0))
     print(
-        f"{options.data.name} × {options.copies}: {text_mb:.1f} MB of text, {cores} cores, {options.workers} workers, best of {len(ours)}"
+        f"{options.data.name} × {options.copies}: {text_mb:.1f} MB of text, {cores} cores, "
+        f"{options.workers} workers, best of {len(ours)}"
     )
     for title, one in (("minigpt-prep run", best), ("datatrove", best_peer)):
         print(
