@@ -54,6 +54,11 @@ def run_recipe(
     if recipe.tokenize is not None:
         report["tokens"] = []
         for name, sources in recipe.datasets.items():
+            if not any(state["kept_documents"] for state in result.states if state["source"] in sources):
+                raise UserError(
+                    f"{name}: no document of {', '.join(sources)} is left to make a dataset of. See why: minigpt-prep "
+                    f"sample {recipe.output} --rejected; or name other datasets under tokenize"
+                )
             dataset, up_to_date = _tokenize(recipe, recipe.tokenize, name, sources, workers, say)
             report["tokens"].append(dataset)
             unchanged &= up_to_date
