@@ -53,11 +53,10 @@ REASONS = {  # datatrove's reason: our rule
 OURS = """
 import json, sys
 import pyarrow as pa
-from prep.filters.presets import PRESETS, build
+from prep.filters.presets import build
 from prep.filters.rules import CleanStage
 from prep.stages import Tally
 
-names = sys.argv[3].split(",")
 texts = [json.loads(line)["text"] for line in open(sys.argv[1], encoding="utf-8")]
 ids = pa.array([str(number) for number in range(len(texts))])
 batch = pa.RecordBatch.from_arrays([ids, pa.array(texts), pa.repeat("x", len(texts))], names=["id", "text", "source"])
@@ -126,7 +125,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="bench-filters-") as name:
             rows, ours, theirs = (Path(name) / file for file in ("rows.jsonl", "ours.json", "theirs.json"))
             rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-            call([sys.executable, "-c", OURS, str(rows), str(ours), ",".join(FILTERS)])
+            call([sys.executable, "-c", OURS, str(rows), str(ours)])
             call([options.datatrove_python, "-m", "tools.bench.filter_decisions", "peer", str(rows), str(theirs)])
             report(path.name, json.loads(ours.read_text()), json.loads(theirs.read_text()), options.show)
 
