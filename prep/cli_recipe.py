@@ -103,11 +103,7 @@ def sample(
         minigpt-prep sample data/clean --rule gopher_quality.word_count --number 20 --full | less
     """
     from prep.samples import show
-    from prep.storage import Folder
 
-    place = Folder(folder)
-    if not place.exists("manifest.json") and place.child("documents").exists("manifest.json"):
-        folder = place.path("documents")
     show(
         folder,
         rejected=rejected,

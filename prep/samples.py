@@ -69,16 +69,16 @@ def show(
     place = Folder(folder)
     console = Console()
     rejected = rejected or rule is not None
-    names = _parts(place)
-    removed = place.child("rejected")
-    removed_names = _parts(removed)
+    *before, own = _passes(place)
+    names = _parts(place, own)
+    removed_names = [name for below in (*before, own) for name in _parts(place, f"{below}rejected/")]
     if not (names or removed_names or place.exists("manifest.json")):
         raise UserError(
             f"{folder}: not the folder of a stage: that is what minigpt-prep filter, dedup, decontaminate and run "
             "write, with part-00000.parquet (or .jsonl.zst), rejected/ and manifest.json in it"
         )
     if rejected:
-        place, names = removed, removed_names
+        names = removed_names
     if rejected and rule is None and names:
         rules = _rules(place, names, source)
         if rules.row_count:
@@ -104,11 +104,30 @@ def choose(total: int, number: int, seed: int) -> list[int]:
     return [draw.randrange(start, stop) for start, stop in pairwise(borders)]
 
 
-def _parts(folder: Folder) -> list[str]:
+def _passes(place: Folder) -> list[str]:
+    """Where below it the passes lie that have rejected documents: "scratch/" and "" for a stage; last what stays."""
+    own, before = "", "scratch"
+    if any(_is_pass(place, name) for name in ("documents", "before-dedup")):  # a recipe's
+        own, before = "documents/", "before-dedup"
+    earlier: list[str] = []
+    while _is_pass(place, name := before + (f"-{len(earlier) + 1}" if earlier else "")):
+        earlier.append(f"{name}/")
+    return [*earlier, own]
+
+
+def _is_pass(place: Folder, name: str) -> bool:
     try:
-        return [name for name in folder.names("part-*") if name.endswith(FORMATS)]
+        return bool(place.child(name).child("state").names())
+    except NotADirectoryError:
+        return False
+
+
+def _parts(place: Folder, below: str) -> list[str]:
+    try:
+        found = (place.child(below.removesuffix("/")) if below else place).names("part-*")
     except NotADirectoryError:
         return []
+    return [below + name for name in found if name.endswith(FORMATS)]
 
 
 @contextmanager
