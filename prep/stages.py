@@ -7,6 +7,7 @@ of the run, so a report costs nothing and does not depend on who worked through 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
@@ -20,6 +21,7 @@ BINS = 50
 COUNT_BINS = 128  # quarters of an octave up to 2^32
 SAMPLES_PER_RULE = 3
 EXCERPT_CHARACTERS = 600
+STATISTIC = re.compile(r"\w+\.\w+@\d")  # a column with the values of a rule (see `prep.filters.rules`)
 
 # What a rejected document has beside its own columns: the stage and rule that removed it, the measured value and the
 # bound that it broke, more words where they help; for duplicates the document that stays, and the similarity to it.
@@ -257,7 +259,12 @@ def text_bytes(batch: pa.RecordBatch) -> int:
 
 
 def replace_text(batch: pa.RecordBatch, texts: pa.Array) -> pa.RecordBatch:
-    """The batch with other texts."""
+    """The batch with other texts; statistics that were kept of a text that has changed become null."""
+    changed = pc.not_equal(batch.column("text"), texts)
+    for place, column in enumerate(batch.schema):
+        if STATISTIC.match(column.name):
+            forgotten = pc.if_else(changed, pa.scalar(None, column.type), batch.column(place))
+            batch = batch.set_column(place, column, forgotten)
     return batch.set_column(batch.schema.get_field_index("text"), "text", texts)
 
 

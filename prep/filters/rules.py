@@ -115,17 +115,6 @@ def column_name(rule: Rule, behind: str) -> str:
     return f"{rule.name}@{version}" + (f".{behind}" if behind else "")
 
 
-def forget_statistics(batch: pa.RecordBatch, changed: np.ndarray) -> pa.RecordBatch:
-    """Set kept statistics (columns with "@") to null for documents whose text has changed, bool [n]."""
-    if not changed.any():
-        return batch
-    for place, column in enumerate(batch.schema):
-        if "@" in column.name and pa.types.is_floating(column.type):
-            values = pc.if_else(pa.array(changed), pa.scalar(None, column.type), batch.column(place))
-            batch = batch.set_column(place, column, values)
-    return batch
-
-
 def _rejections(
     batch: pa.RecordBatch, values: Mapping[str, np.ndarray], rules: Sequence[Rule], tally: Tally
 ) -> np.ndarray:
@@ -256,8 +245,7 @@ class CleanStage:
         empty = pc.equal(pc.binary_length(texts), 0).to_numpy(zero_copy_only=False) & left
         tally.reject(batch, empty, f"{self.name}.nothing_left")
         left &= ~empty
-        changed = pc.not_equal(texts, before).to_numpy(zero_copy_only=False)
-        batch = replace_text(forget_statistics(batch, changed), texts)
+        batch = replace_text(batch, texts)
         return batch if left.all() else batch.filter(pa.array(left))
 
 
