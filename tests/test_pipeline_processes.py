@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 import zstandard
 from prep_data import write_rows
@@ -303,7 +302,7 @@ def test_a_document_of_200_megabytes(tmp_path):
         for row in rows:
             file.write(json.dumps(row) + "\n")
     for command in (
-        ["filter", "a.jsonl", "--rule", "bounds.characters=10..1000000000", "--mask", "email"],
+        ["filter", "a.jsonl", "--rule", "length.characters=10..1000000000", "--mask", "email"],
         ["dedup", "a.jsonl"],
     ):
         out = tmp_path / command[0]
@@ -331,4 +330,4 @@ def test_ten_million_empty_lines(tmp_path):
     assert not any(row["stage"] == "read" for row in rejected(tmp_path / "out"))
     assert peak < 2_000_000_000
     assert time.monotonic() - begin < 120
-    assert pq.read_table(tmp_path / "out" / "part-00000.parquet").num_rows > 30
+    assert len(kept(tmp_path / "out")) > 30
