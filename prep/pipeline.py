@@ -100,6 +100,7 @@ def run(work: Work, executor: Executor, say: Callable[[str], None] = print) -> R
         UserError: a mistake that the user can mend; what was done until then is kept.
     """
     begin = time.monotonic()
+    _check_apart(work)
     open_for_writing(work.out)
     schema = union_schema([files.schema for files in work.sources])
     total = sum(files.size for files in work.sources)
@@ -236,6 +237,16 @@ def read_report(folder: Folder) -> dict[str, Any] | None:
         return None
     report: dict[str, Any] = orjson.loads(content)
     return report
+
+
+def _check_apart(work: Work) -> None:
+    """Refuse to read what the run would write over."""
+    dedups = [step for step in work.steps if isinstance(step, DedupStep)]
+    for files in (*work.sources, *(files for dedup in dedups for files in dedup.reference)):
+        for item in files.inputs:
+            name, before = work.out.holds(item.path), work.between.holds(item.path)
+            if before is not None or (name or "").startswith(("part-", "rejected/", "state/")):
+                raise UserError(f"{item.path}: lies where the result goes ({work.out}); choose another --out")
 
 
 def _split(

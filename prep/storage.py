@@ -260,6 +260,14 @@ class Folder:
         """Whether there is a file of this name."""
         return stat(self.path(name)) is not None
 
+    def holds(self, path: str) -> str | None:
+        """Name of a file below the folder by its path or address; None: it lies elsewhere."""
+        if self.local is None or is_remote(path):
+            name = path.removeprefix(f"{self.uri}/")
+            return name if name != path else None
+        inner, outer = os.path.realpath(path), os.path.realpath(self.local)
+        return os.path.relpath(inner, outer) if inner.startswith(outer + os.sep) else None
+
     def lock(self) -> AbstractContextManager[object]:
         """Hold the folder for one writer; a remote folder cannot be held.
 

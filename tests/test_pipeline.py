@@ -410,3 +410,29 @@ def test_what_others_have_made_is_not_written_over(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="is a file"):
         apply(tmp_path, "filter", {"preset": "gopher"}, "file")
+
+
+def test_a_run_does_not_read_what_it_writes(tmp_path, monkeypatch):
+    write_rows(tmp_path / "a.jsonl", documents(1, 60))
+    monkeypatch.chdir(tmp_path)
+    apply(tmp_path, "filter", {"rules": {"length.characters": {"low": 1}}})
+    apply(tmp_path, "dedup", {}, "unique")
+    before = times(tmp_path)
+    for read, out in (
+        ("out", "out"),
+        ("out/part-00000.parquet", "out"),
+        ("../" + tmp_path.name + "/out", "out/"),
+        ("out", "unique/../out"),
+        ("unique/rejected", "unique"),
+    ):
+        where = Folder(out)
+        work = Work("x", (open_files([read], Columns()),), (), where, where.child("scratch"), "parquet", Limits())
+        with pytest.raises(UserError, match="lies where the result goes"):
+            run(work, LocalExecutor(1))
+        options = {"reference": [read]}
+        files = open_files(["a.jsonl"], Columns())
+        steps = tuple(build_steps("dedup", options, "dedup"))
+        work = Work("x", (files,), steps, where, where.child("scratch"), "parquet", Limits())
+        with pytest.raises(UserError, match="lies where the result goes"):
+            run(work, LocalExecutor(1))
+    assert times(tmp_path) == before
