@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gzip
+import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -436,3 +439,78 @@ def test_a_run_does_not_read_what_it_writes(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="lies where the result goes"):
             run(work, LocalExecutor(1))
     assert times(tmp_path) == before
+
+
+VALUES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.lists(st.text(), max_size=2))
+LINES = st.one_of(
+    st.binary(max_size=60).map(lambda raw: raw.replace(b"\n", b"")),
+    st.fixed_dictionaries({}, optional={"text": VALUES, "id": VALUES, "other": VALUES}).map(
+        lambda row: json.dumps(row).encode()
+    ),
+    st.text(st.characters(codec="utf-8"), max_size=30).map(lambda text: json.dumps({"text": text}, ensure_ascii=False)),
+).map(lambda line: line if isinstance(line, bytes) else line.encode())
+
+
+@settings(max_examples=40, deadline=None, phases=[Phase.explicit, Phase.generate])
+@given(lines=st.lists(LINES, max_size=30))
+def test_every_line_is_a_document_or_empty_or_rejected(lines):
+    """Whatever stands in a file of lines, the run ends, no row is lost, and what can be read comes through as it is."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_rows(folder / "a.jsonl", [{"id": "a", "text": "first"}, *lines, {"text": "last"}])
+        report = apply(folder, "filter", {"rules": {"length.characters": {"low": 1}}}, limits=Limits(max_bad_rows=1))
+        texts = [row["text"] for row in kept(folder / "out")]
+        assert texts[0] == "first"
+        assert texts[-1] == "last"
+        expected = [read for line in lines if (read := plain_text(line))]
+        assert texts[1:-1] == expected
+        source = report["sources"][0]
+        assert source["documents"] == source["kept_documents"] == len(texts)
+        assert source["malformed"] == len(rejected(folder / "out"))
+        rows = sum(bool(line.strip()) for line in lines) + 2
+        assert source["rows"] == rows
+        assert source["documents"] + source["empty"] + source["malformed"] == rows
+
+
+def plain_text(line: bytes) -> str | None:
+    """The text of a line, by the standard library."""
+    try:
+        row = json.loads(line.decode())
+        json.dumps(row, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        return None
+    good_id = row.get("id") is None or isinstance(row["id"], str) or type(row["id"]) is int
+    return row["text"] if good_id else None
+
+
+def test_many_files(tmp_path, monkeypatch):
+    """Each is read by the worker that has its part; a changed one is done again, the others are not."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    for number in range(80):
+        write_rows(tmp_path / "in" / f"{number:02}.jsonl", [*documents(number, 3), *([b"{bad"] if number == 7 else [])])
+    (tmp_path / "in" / "40.jsonl.gz").write_bytes(gzip.compress(b'{"text": "whole"}\n' * 50_000)[:-30])
+
+    def go(keep_going: bool = True) -> None:
+        where = Folder("out")
+        limits = Limits(max_bad_rows=0.1, keep_going=keep_going)
+        steps = tuple(build_steps("mask", {"email": True}, "mask"))
+        files = open_files(["in"], Columns())
+        run(Work("many", (files,), steps, where, where.child("scratch"), "parquet", limits), LocalExecutor(1), print)
+
+    with pytest.raises(UserError, match=r"40\.jsonl\.gz: truncated"):
+        go(keep_going=False)
+    go()
+    ids = [row["id"] for row in kept(tmp_path / "out")]
+    assert [name for name in ids if "gz" not in name] == [f"{seed}-{n}" for seed in range(80) for n in range(3)]
+    assert sum("40.jsonl.gz" in name for name in ids) > 1_000
+    assert [row["id"] for row in rejected(tmp_path / "out")] == ["in/07.jsonl:4"]
+    before = times(tmp_path / "out" / "state")
+    write_rows(tmp_path / "in" / "79.jsonl", documents(99, 5))
+    go()
+    now = times(tmp_path / "out" / "state")
+    changed = {name for name in now if now[name] != before.get(name)}
+    assert 0 < len(changed) <= 1
+    assert [row["id"] for row in kept(tmp_path / "out")][-5:] == [f"99-{n}" for n in range(5)]
