@@ -193,7 +193,7 @@ def dedup(
         return
     kept = [*(column or []), *([keep.partition(":")[2]] if keep.startswith("highest:") else [])]
     reading = Reading(text_column, id_column, tuple(dict.fromkeys(kept)), source, max_bad_rows, keep_going)
-    make_steps = partial(_build_steps, "dedup", settings)
+    make_steps = partial(_build_steps, "dedup", settings, reading)
     _run("dedup", inputs, reading, make_steps, _required(out), format, workers, executor)
 
 
@@ -240,7 +240,7 @@ def decontaminate(
     settings = {"against": against, "ngram": ngram, "min_words": min_words, "action": "cut" if cut else "remove"}
     settings |= {"margin": margin, "min_characters": min_characters, "max_removed": max_removed}
     reading = Reading(text_column, id_column, tuple(column or ()), source, max_bad_rows, keep_going)
-    make_steps = partial(_build_steps, "decontaminate", settings)
+    make_steps = partial(_build_steps, "decontaminate", settings, reading)
     _run("decontaminate", inputs, reading, make_steps, out, format, workers, executor)
 
 
@@ -262,10 +262,11 @@ class Reading(NamedTuple):
         return open_files(inputs, Columns(self.text_column, self.id_column, self.columns), self.source, out, say)
 
 
-def _build_steps(kind: str, settings: dict[str, Any]) -> list[AnyStep]:
+def _build_steps(kind: str, settings: dict[str, Any], reading: Reading) -> list[AnyStep]:
+    from prep.documents import Columns
     from prep.recipe import build_steps
 
-    return build_steps(kind, settings, kind)
+    return build_steps(kind, settings, kind, columns=Columns(reading.text_column, reading.id_column))
 
 
 def _run(

@@ -1,7 +1,8 @@
 """Parts: the unit of work, of resume and of scheduling.
 
 The input is cut into parts of some megabytes of text, each of one source, at places that depend on the input alone. One
-large file becomes many parts, many small files become one. `run_part` takes a part through all steps of a pass, in any
+large file becomes many parts, many small files become one. Of many files of rows each is a part, so that the workers
+read them. `run_part` takes a part through all steps of a pass, in any
 process of any machine, and leaves under the part's number:
 
     part-00000.parquet              the documents that stay (or .jsonl.zst)
@@ -32,13 +33,14 @@ from prep.characters import UNICODE_VERSION
 from prep.documents import BLOCK_BYTES, START, Block, BrokenInput, Columns, Documents, Input, Position, Rejected
 from prep.part_writer import Format, PartWriter, read_part
 from prep.sources import read_blocks
+from prep.stage_manifest import STATE
 from prep.stages import REASON_COLUMNS, Product, Stage, Step, Tally, run_steps, text_bytes
 from prep.storage import Folder, stat
 
 MIN_PART_BYTES, MAX_PART_BYTES = 4 << 20, 64 << 20
 PARTS_WANTED = 64  # of a small input: enough to keep many workers busy to the end
 ENGINE_VERSION = 1  # raise it when the same steps write other bytes than before
-REJECTED, STATE = "rejected", "state"
+REJECTED = "rejected"
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,13 @@ def cut_parts(groups: Sequence[Files]) -> Iterator[Part]:
     for group in groups:
         for source, run in groupby(group.inputs, key=lambda item: item.source):
             files = list(run)
+            if len(files) >= PARTS_WANTED and all(item.kind in ("rows", "csv") for item in files):
+                for item in files:  # enough of them to keep all workers busy: each reads its own
+                    consumed += item.size
+                    key = _key([item], group.columns, START, Position(1))
+                    yield Part(number, source, FileBlocks(item, group), item.size, key, consumed)
+                    number += 1
+                continue
             begin = START
             for blocks in _gather(read_blocks(files, group.columns, schema=group.schema), size):
                 filled, end = sum(block.size for block in blocks), blocks[-1].end
@@ -152,6 +161,17 @@ def written_parts(folder: Folder, states: Sequence[dict[str, Any]], schema: pa.S
         key = xxhash.xxh3_128_hexdigest(f"{state['key']} {state['digest']}".encode())
         blocks = WrittenBlocks(folder, part_name(state["number"]), schema)
         yield Part(state["number"], state["source"], blocks, state["kept_bytes"], key, consumed)
+
+
+@dataclass(frozen=True)
+class FileBlocks:
+    """The blocks of a file, which is read where they are used."""
+
+    item: Input
+    group: Files
+
+    def __iter__(self) -> Iterator[Block]:
+        return read_blocks([self.item], self.group.columns, schema=self.group.schema)
 
 
 @dataclass(frozen=True)
@@ -227,14 +247,22 @@ def run_part(job: Job, digest: str, part: Part) -> dict[str, Any]:
     if job.product is not None:
         made += save_arrays(job.folder, job.product.name, name, arrays)
     state = {"number": part.number, "source": part.source, "key": part.key, "digest": digest, **counted}
-    state |= {"broken": broken, "tallies": [tally.to_json() for tally in tallies]}
+    state |= {"broken": broken, "flow": [[tally.documents_in, tally.documents_out] for tally in tallies]}
     state["files"] = {file: found.size for file in made if (found := stat(job.folder.path(file)))}
-    job.folder.child(STATE).write(f"{name}.json", orjson.dumps(state), durable=False)
+    whole = {**state, "tallies": [tally.to_json() for tally in tallies]}
+    job.folder.child(STATE).write(f"{name}.json", orjson.dumps(whole), durable=False)
     return state
 
 
+def read_tallies(folder: Folder, number: int) -> list[Tally]:
+    """The tallies of a part that is done."""
+    content = folder.child(STATE).read(f"{part_name(number)}.json")
+    assert content is not None
+    return [Tally.from_json(data) for data in orjson.loads(content)["tallies"]]
+
+
 def read_state(folder: Folder, number: int) -> dict[str, Any] | None:
-    """The state of a part that was finished, if there is one and its files are there.
+    """The state of a part that was finished, if there is one and its files are there; without its tallies.
 
     A part's files are synced behind the last part only, so after a power cut a file may be shorter than its state says.
     """
@@ -247,6 +275,8 @@ def read_state(folder: Folder, number: int) -> dict[str, Any] | None:
         found = stat(folder.path(file))
         if found is None or found.size != size:
             return None
+    if state:
+        del state["tallies"]  # of many parts together they would fill the memory
     return state
 
 
@@ -335,7 +365,7 @@ def _malformed(rows: Sequence[Rejected], source: str) -> pa.RecordBatch:
 
 
 def _key(files: Sequence[Input], columns: Columns, begin: Position, end: Position) -> str:
-    """Which rows of which files: names, sizes and times of change of the files, the border rows, the columns read."""
+    """Which rows of which files, read how: names, sources, sizes, times of change, border rows, columns."""
     touched = files[begin.input : end.input + (end.row > 0)]
-    what = [[item.name, item.size, item.modified] for item in touched]
+    what = [[item.name, item.source, item.size, item.modified] for item in touched]
     return xxhash.xxh3_128_hexdigest(orjson.dumps([what, begin.row, end.row, list(columns)]))

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import orjson
@@ -32,7 +33,6 @@ from prep.part_writer import Format
 from prep.parts import Files, Job, Part, cut_parts, written_parts
 from prep.report import render
 from prep.stage_folder import Limits, check_removed, merge_tallies, open_for_writing, run_pass
-from prep.stage_manifest import MANIFEST
 from prep.stages import Step, Tally
 from prep.storage import Folder
 from shards.errors import UserError
@@ -120,17 +120,17 @@ def run(work: Work, executor: Executor, say: Callable[[str], None] = print) -> R
                 steps=steps,
                 product=product(dedup.settings) if dedup else None,
                 writes=dedup is None or bool(steps) or removal is not None,
-                format=work.format,
+                format=work.format if dedup is None else "parquet",
                 removal=removal.stage if removal else None,
                 removal_digest=removal.digest if removal else None,
             )
             title = "reading" if dedup and not job.writes else " + ".join(_titles(removal is not None, steps))
-            states, unchanged = run_pass(
-                title, job, parts, executor, total=total, made_from=made_from, limits=work.limits, say=say
-            )
-            up_to_date &= unchanged
             before = groups[number - 1][1] if number else None
-            _check_guards(states, guarded, before.settings if before else None, job.folder)
+            check = partial(_check_guards, guarded, before.settings if before else None, job.folder)
+            done = run_pass(
+                title, job, parts, executor, total=total, made_from=made_from, limits=work.limits, check=check, say=say
+            )
+            states, up_to_date = done.states, up_to_date and done.up_to_date
             passes.append(_Pass(job, parts, states))
             if job.writes:
                 schema, total = job.out_schema(), sum(state["kept_bytes"] for state in states)
@@ -139,9 +139,11 @@ def run(work: Work, executor: Executor, say: Callable[[str], None] = print) -> R
             if dedup is not None:
                 removals.append(_deduplicate(work, number, dedup, passes[-1], parts, schema, executor, say))
         seconds = time.monotonic() - begin
-        if up_to_date and (report := read_report(work.out)) is not None:
+        report = read_report(work.out) if up_to_date else None
+        if report is not None and report["made_from"] == done.made_from:
             return Result(report, passes[-1].states, up_to_date=True)
         report = make_report(work, passes, removals, groups, seconds, executor.workers)
+        report["made_from"] = done.made_from
         write_report(work.out, report)
     return Result(report, passes[-1].states)
 
@@ -177,7 +179,7 @@ def make_report(
     decontamination: list[dict[str, Any]] = []
     dedup: dict[str, Any] | None = None
     for number, (one, (steps, _)) in enumerate(zip(passes, groups, strict=True)):
-        tallies = merge_tallies(one.states)
+        tallies = merge_tallies(one.job.folder, len(one.states))
         if one.job.removal is not None:
             dedup = dict(removals[number - 1].report)
             removed = tallies[0].documents_in - tallies[0].documents_out
@@ -296,17 +298,17 @@ def _deduplicate(
         job = Job(folder.child(REFERENCE), own, (), product(dedup.settings), writes=False)
         size, made_from = sum(files.size for files in dedup.reference), _describe_files(dedup.reference)
         cut = lambda: cut_parts(dedup.reference)  # noqa: E731
-        states, _ = run_pass(
+        done = run_pass(
             "reading the reference", job, cut, executor, total=size, made_from=made_from, limits=work.limits, say=say
         )
-        reference = FirstPass(job.folder.child(before.job.product.name), states, cut, own)
+        reference = FirstPass(job.folder.child(before.job.product.name), done.states, cut, own)
     documents = FirstPass(folder.child(before.job.product.name), before.states, parts, schema)
     scratch = folder.child(SCRATCH)
     return find_removal(documents, dedup.settings, scratch, work.out, executor, reference=reference, say=say)
 
 
 def _check_guards(
-    states: Sequence[dict[str, Any]], steps: Sequence[Step | GuardedStep], removal: DedupSettings | None, folder: Folder
+    steps: Sequence[Step | GuardedStep], removal: DedupSettings | None, folder: Folder, states: Sequence[dict[str, Any]]
 ) -> None:
     """Check the steps of a pass; `removal` is of the deduplication that began it, whose units are only cut there."""
     checks = [(0, removal.max_removed, "dedup")] if removal and removal.level else []
@@ -314,11 +316,7 @@ def _check_guards(
         if isinstance(item, GuardedStep):
             checks.append((position, item.max_removed, item.step.stage.name))
     for position, max_removed, name in checks:
-        try:
-            check_removed(states, [position], max_removed, name, folder)
-        except UserError:
-            folder.remove(MANIFEST)  # not finished: the same command with a higher limit goes on
-            raise
+        check_removed(states, position, max_removed, name, folder)
 
 
 @contextmanager

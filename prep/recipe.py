@@ -19,6 +19,7 @@ folder.
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ from prep.parts import Files
 from prep.pipeline import DedupStep, GuardedStep, Work
 from prep.sources import check_inputs, find_inputs
 from prep.stage_folder import Limits
-from prep.stage_manifest import kept_columns, read_manifest
+from prep.stage_manifest import DOCUMENTS, find_documents, kept_columns
 from prep.stages import Stage, Step
 from prep.storage import Folder
 from shards.errors import UserError, unknown_name
@@ -41,7 +42,8 @@ from shards.format import DEFAULT_SHARD_TOKENS
 from shards.settings import Settings, expand_variables, load_yaml, validate
 
 MAX_REMOVED = 0.5
-DOCUMENTS, BETWEEN = "documents", "before-dedup"
+PLAIN = Columns()
+BETWEEN = "before-dedup"
 _RESERVED = (DOCUMENTS, BETWEEN)
 
 
@@ -53,6 +55,10 @@ class SourceSettings(Settings):
     text_column: str = "text"
     id_column: str | None = None
     columns: list[str] = Field(default_factory=list)
+
+    def columns_read(self) -> Columns:
+        """How its files are read."""
+        return Columns(self.text_column, self.id_column, tuple(self.columns))
 
 
 class TokenizeSettings(Settings):
@@ -147,11 +153,12 @@ def load_recipe(path: Path) -> Recipe:
     steps: list[Step | GuardedStep | DedupStep] = []
     for number, stage in enumerate(stages, 1):
         ((kind, settings),) = stage.items()
-        steps += build_steps(kind, settings or {}, f"{where}: stages.{number}: {kind}", names)
+        place = f"{where}: stages.{number}: {kind}"
+        steps += build_steps(kind, settings or {}, place, names, recipe.sources[0].columns_read())
     output = Folder(recipe.output)
     work = Work(
         title=recipe.name,
-        sources=tuple(open_source(source) for source in recipe.sources),
+        sources=tuple(open_source(source, output) for source in recipe.sources),
         steps=tuple(steps),
         out=output.child(DOCUMENTS),
         between=output.child(BETWEEN),
@@ -162,7 +169,11 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def build_steps(
-    kind: str, settings: dict[str, Any], where: str, sources: Sequence[str] | None = None
+    kind: str,
+    settings: dict[str, Any],
+    where: str,
+    sources: Sequence[str] | None = None,
+    columns: Columns = PLAIN,
 ) -> list[Step | GuardedStep | DedupStep]:
     """The steps of one entry of a recipe.
 
@@ -171,6 +182,7 @@ def build_steps(
         settings: what stands behind it.
         where: its place, for messages.
         sources: names of the recipe's sources; None: `sources` is no key here.
+        columns: how a `reference` is read.
 
     Raises:
         UserError: an unknown stage, or wrong settings.
@@ -180,7 +192,7 @@ def build_steps(
     if kind == "dedup":
         section = validate(DedupSection, settings, where)
         options = section.model_dump(exclude={"reference"})
-        reference = tuple([open_files(section.reference, Columns())] if section.reference else [])
+        reference = tuple([open_files(section.reference, columns._replace(keep=()))] if section.reference else [])
         return [DedupStep(DedupSettings(**options), reference)]
     if kind == "tokenize":
         raise UserError(f"{where}: tokenize is the last stage; what stands behind it would change nothing")
@@ -202,10 +214,10 @@ def build_steps(
     return [GuardedStep(step, max_removed) for step in steps]
 
 
-def open_source(source: SourceSettings) -> Files:
-    """Find the files of a source and look at their columns."""
+def open_source(source: SourceSettings, exclude: Folder) -> Files:
+    """Find the files of a source and look at their columns; what lies in `exclude` is left out."""
     paths = [source.path] if isinstance(source.path, str) else source.path
-    return open_files(paths, Columns(source.text_column, source.id_column, tuple(source.columns)), source.name)
+    return open_files(paths, source.columns_read(), source.name, exclude)
 
 
 def open_files(
@@ -226,8 +238,8 @@ def open_files(
         say(str(rest))
     kept = list(columns.keep)
     for argument in arguments:
-        manifest = read_manifest(Folder(argument))
-        kept += [name for name in (kept_columns(manifest) if manifest else []) if name not in kept]
+        stage = None if glob.has_magic(argument) else find_documents(Folder(argument))
+        kept += [name for name in (kept_columns(stage.manifest) if stage else []) if name not in kept]
     columns = columns._replace(keep=tuple(kept))
     return Files(tuple(found.inputs), columns, check_inputs(found.inputs, columns))
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,10 +43,12 @@ from prep.documents import (
 from prep.jsonl import check_rows, row_blocks
 from prep.kept_columns import settle_schema
 from prep.parquet import WHOLE_GROUP_BYTES, check_parquet, parquet_blocks
-from prep.stage_manifest import read_manifest
+from prep.stage_manifest import find_documents
 from prep.storage import Folder, Stat, is_remote, open_input, stat
 from prep.walk import LeftOut, glob_remote, literal_root, require_kind, walk, walk_remote
 from shards.errors import UserError
+
+REQUESTS = 16  # to remote storage at a time, which answers slowly
 
 
 class Found(NamedTuple):
@@ -108,15 +111,15 @@ def check_inputs(inputs: Sequence[Input], columns: Columns) -> pa.Schema:
             go together, with the files; a file that is not what its name says; a text file too large to be one
             document.
     """
-    found: list[tuple[Input, dict[str, pa.DataType]]] = []
     for item in inputs:
         if item.kind == "text" and item.size > MAX_DOCUMENT_BYTES:
             raise UserError(
                 f"{item.path}: {item.size:,} bytes; a text file is one document, and no document is larger than "
                 f"{MAX_DOCUMENT_BYTES:,} bytes. Cut it into documents, one JSON object with a text per line (.jsonl)"
             )
-        found.append((item, _check(item, columns)))
-    return settle_schema(found, columns)
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        kinds = pool.map(lambda item: _check(item, columns), inputs)
+        return settle_schema(list(zip(inputs, kinds, strict=True)), columns)
 
 
 def read_blocks(
@@ -191,8 +194,8 @@ def _find_local(argument: str, exclude: Path | None) -> tuple[list[_File], LeftO
     path = Path(argument.removeprefix("file://")).expanduser()
     if path.is_dir():
         own = path.resolve().name
-        if manifest := read_manifest(Folder(path)):
-            return _stage_files(Folder(path), own, manifest), None
+        if found := find_documents(Folder(path)):
+            return _stage_files(found.folder, own, found.manifest), None
         rest = None
         saved = dataset_files(Folder(path))
         if saved is not None:
@@ -220,8 +223,8 @@ def _find_remote(argument: str) -> tuple[list[_File], LeftOut | None]:
         return [_File(file, file.path.removeprefix(root + "/"), _last(root)) for file in files], None
     if file := stat(address):
         return [_File(file, _last(address), _stem(_last(address)))], None
-    if manifest := read_manifest(Folder(address)):
-        return _stage_files(Folder(address), _last(address), manifest), None
+    if found := find_documents(Folder(address)):
+        return _stage_files(found.folder, _last(address), found.manifest), None
     walked = walk_remote(address)
     if walked is None:
         raise UserError(f"{argument}: no such file or folder")
@@ -235,7 +238,9 @@ def _find_remote(argument: str) -> tuple[list[_File], LeftOut | None]:
 def _stage_files(folder: Folder, own: str, manifest: dict[str, Any]) -> list[_File]:
     """The documents of a stage's folder, each part under its source; what else lies there is not read."""
     parts = manifest["parts"]
-    return [_File(_stat(folder.path(part["file"])), f"{own}/{part['file']}", part["source"]) for part in parts]
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        files = list(pool.map(lambda part: _stat(folder.path(part["file"])), parts))
+    return [_File(file, f"{own}/{part['file']}", part["source"]) for file, part in zip(files, parts, strict=True)]
 
 
 def _stat(path: Path | str) -> Stat:

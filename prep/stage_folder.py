@@ -2,7 +2,8 @@
 
 `manifest.json` is written last and says what the folder holds; a folder with one is complete. While a pass runs there
 is none. Running it again works through the parts whose state does not fit: after a kill those that were not finished,
-after a changed option all that depend on it, after a change of the input the parts in which it lies.
+after a changed option all that depend on it, after a change of the input the parts in which it lies and, where it moves
+the borders of those behind it, these too.
 """
 
 from __future__ import annotations
@@ -20,22 +21,28 @@ from prep.characters import UNICODE_VERSION
 from prep.documents import too_many_bad
 from prep.executors import Executor
 from prep.part_writer import FORMATS
-from prep.parts import REJECTED, STATE, Job, Part, part_name, read_state, run_part
+from prep.parts import REJECTED, Job, Part, part_name, read_state, read_tallies, run_part
 from prep.progress import Progress
-from prep.stage_manifest import KIND, MANIFEST, VERSION, read_manifest
+from prep.stage_manifest import KIND, MANIFEST, MARK, STATE, VERSION, is_stage_folder, read_manifest
 from prep.stages import Tally
 from prep.storage import Folder
 from shards.errors import UserError
 from shards.format import MANIFEST as DATASET_MANIFEST
 
 GUARD_DOCUMENTS = 1_000
-MARK = "stage.json"  # in the folder of the states: a run killed before its first state is known by it
 
 
 class Done(NamedTuple):
-    """A pass that is done: the states of its parts, in order, and whether it was before and nothing was written."""
+    """A pass that is done.
+
+    Attributes:
+        states: of its parts, in order, without their tallies.
+        made_from: hash of all that the folder was made from.
+        up_to_date: whether it was done before, and nothing was written.
+    """
 
     states: list[dict[str, Any]]
+    made_from: str
     up_to_date: bool
 
 
@@ -56,6 +63,7 @@ def run_pass(
     total: int,
     made_from: str,
     limits: Limits,
+    check: Callable[[Sequence[dict[str, Any]]], None] = lambda states: None,
     say: Callable[[str], None] = print,
 ) -> Done:
     """Work through all parts that are not done, and say what the folder holds.
@@ -69,54 +77,61 @@ def run_pass(
         made_from: hash of the whole input and of what the output depends on besides the job; a folder whose manifest
             has the same is done, and its input is not read again.
         limits: when to stop.
+        check: raises where the states say that too much was removed; then the folder is not finished.
         say: takes one-line notices.
 
     Raises:
         UserError: too many bad rows, or broken files; what is done is kept.
     """
+    open_for_writing(job.folder)
     digest = job.digest()
     made_from = xxhash.xxh3_128_hexdigest(f"{digest} {made_from}".encode())
     before = read_manifest(job.folder)
     if before and before["made_from"] == made_from:
         found = [state for number in range(len(before["parts"])) if (state := read_state(job.folder, number))]
         if len(found) == len(before["parts"]):
+            check(found)
             say(f"{title}: up to date ({before['documents']:,} documents)")
-            return Done(found, up_to_date=True)
+            return Done(found, made_from, up_to_date=True)
     states: dict[int, dict[str, Any]] = {}
     consumed: dict[int, int] = {}
 
     def to_do() -> Iterator[Part]:
         for part in parts():
             state = read_state(job.folder, part.number)
-            if state and state["key"] == part.key and state["digest"] == digest:
+            same = state is not None and state["key"] == part.key and state["digest"] == digest
+            if state and same and (limits.keep_going or not state["broken"]):  # what was broken may be mended
                 states[part.number] = state
                 continue
             if not consumed:
-                job.folder.remove(MANIFEST)  # from here on the folder is not what it says
+                job.folder.remove(MANIFEST, durable=True)  # from here on the folder is not what it says
             # Nor is the part: killed amid it and run with the old options, it would look done.
             job.folder.child(STATE).remove(f"{part_name(part.number)}.json")
             consumed[part.number] = part.consumed
             yield part
             del part
 
-    done_bytes = 0
+    done_bytes = rows = bad = 0
     with Progress(title, total) as progress:
         for state in executor.map(partial(run_part, job, digest), to_do()):
             states[state["number"]] = state
             done_bytes += state["bytes"]
             progress.update(consumed[state["number"]], done_bytes)
-            _check_bad_rows(job.folder, states.values(), limits.max_bad_rows)
+            rows, bad = rows + state["rows"], bad + state["malformed"]
+            _check_bad_rows(job.folder, bad, rows, limits.max_bad_rows)
     found = [states[number] for number in sorted(states)]
     if len(consumed) < len(found):
         say(f"{title}: {len(found) - len(consumed):,} of {len(found):,} parts were done before")
-    _check_bad_rows(job.folder, found, limits.max_bad_rows)
+    rows, bad = (sum(state[name] for state in found) for name in ("rows", "malformed"))
+    _check_bad_rows(job.folder, bad, rows, limits.max_bad_rows)
     _check_whole(job.folder, found, limits.keep_going)
+    check(found)
     _remove_others(job, len(found))
     made = [states[number] for number in consumed]
-    job.folder.sync([f"{STATE}/{part_name(state['number'])}.json" for state in made])
     job.folder.sync([file for state in made for file in state["files"]])
+    job.folder.sync([f"{STATE}/{part_name(state['number'])}.json" for state in made])
     _write_manifest(job, found, made_from)
-    return Done(found, up_to_date=False)
+    return Done(found, made_from, up_to_date=False)
 
 
 def open_for_writing(folder: Folder) -> None:
@@ -129,7 +144,7 @@ def open_for_writing(folder: Folder) -> None:
         raise UserError(f"{folder}: is a file; --out is a folder")
     if folder.exists(DATASET_MANIFEST):
         raise UserError(f"{folder}: holds a token dataset; choose another folder for documents")
-    if folder.child(STATE).exists(MARK):
+    if is_stage_folder(folder):
         return
     names = [*folder.names("part-*"), *folder.names("manifest.json"), *folder.names("report.*")]
     if names:
@@ -171,11 +186,11 @@ def _write_manifest(job: Job, states: Sequence[dict[str, Any]], made_from: str) 
     job.folder.write(MANIFEST, orjson.dumps(manifest, option=orjson.OPT_INDENT_2) + b"\n")
 
 
-def merge_tallies(states: Sequence[dict[str, Any]]) -> list[Tally]:
-    """The tallies of a pass, stage by stage, over all parts."""
+def merge_tallies(folder: Folder, parts: int) -> list[Tally]:
+    """The tallies of a pass, stage by stage, over all its parts."""
     merged: list[Tally] = []
-    for state in states:
-        tallies = [Tally.from_json(data) for data in state["tallies"]]
+    for number in range(parts):
+        tallies = read_tallies(folder, number)
         if not merged:
             merged = tallies
             continue
@@ -184,14 +199,12 @@ def merge_tallies(states: Sequence[dict[str, Any]]) -> list[Tally]:
     return merged
 
 
-def check_removed(
-    states: Sequence[dict[str, Any]], stages: Sequence[int], max_removed: float, what: str, folder: Folder
-) -> None:
+def check_removed(states: Sequence[dict[str, Any]], stage: int, max_removed: float, what: str, folder: Folder) -> None:
     """Stop where a stage has removed too much of a source.
 
     Args:
         states: of a pass.
-        stages: positions of the stages that count.
+        stage: its position in the pass.
         max_removed: largest share of a source's documents, where it has 1,000 or more.
         what: the stage, in the message.
         folder: where the rejected documents can be seen.
@@ -202,10 +215,9 @@ def check_removed(
     sources: dict[str, list[int]] = {}
     for state in states:
         entry = sources.setdefault(state["source"], [0, 0])
-        for stage in stages:
-            tally = state["tallies"][stage]
-            entry[0] += tally["documents_in"]
-            entry[1] += tally["documents_in"] - tally["documents_out"]
+        came, stayed = state["flow"][stage]
+        entry[0] += came
+        entry[1] += came - stayed
     guard(sources, max_removed, what, f"minigpt-prep sample {folder} --rejected")
 
 
@@ -232,8 +244,7 @@ def guard(sources: dict[str, list[int]], max_removed: float, what: str, look: st
     )
 
 
-def _check_bad_rows(folder: Folder, states: Any, share: float) -> None:
-    rows, bad = (sum(state[name] for state in states) for name in ("rows", "malformed"))
+def _check_bad_rows(folder: Folder, bad: int, rows: int, share: float) -> None:
     if too_many_bad(bad, rows, share):
         raise UserError(
             f"{bad:,} of {rows:,} rows are bad, more than --max-bad-rows {share:g}. See them: "
@@ -263,3 +274,4 @@ def _remove_others(job: Job, parts: int) -> None:
             unwanted = suffix in FORMATS and (suffix != job.format or (folder == job.folder and not job.writes))
             if unwanted or (stem.isdigit() and int(stem) >= parts):
                 folder.remove(name)
+        folder.remove_unfinished()

@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
 from prep.documents import DOCUMENT
 from prep.storage import Folder
+from shards.errors import UserError
 
 MANIFEST, KIND, VERSION = "manifest.json", "minigpt documents", 1
+STATE, MARK = "state", "stage.json"  # state/stage.json is written first: the folder is a stage's, finished or not
+DOCUMENTS = "documents"  # in a recipe's folder
+
+
+class StageFolder(NamedTuple):
+    """A stage's folder that is finished, and its manifest."""
+
+    folder: Folder
+    manifest: dict[str, Any]
+
+
+def find_documents(folder: Folder) -> StageFolder | None:
+    """The documents of a stage's folder, or of a recipe's; None: it is neither.
+
+    Raises:
+        UserError: the stage is not finished. What lies there is no input: removed documents are among it.
+    """
+    for place in (folder, folder.child(DOCUMENTS)):
+        if manifest := read_manifest(place):
+            return StageFolder(place, manifest)
+        if is_stage_folder(place):
+            raise UserError(f"{place}: this stage is not finished; run its command again before reading its documents")
+    return None
+
+
+def is_stage_folder(folder: Folder) -> bool:
+    """Whether a stage writes or wrote here."""
+    return folder.child(STATE).exists(MARK)
 
 
 def read_manifest(folder: Folder) -> dict[str, Any] | None:

@@ -183,7 +183,9 @@ class Folder:
         """
         if self.local is not None:
             self.local.mkdir(parents=True, exist_ok=True)
-            temporary = self.local / (name + _TEMPORARY)
+            temporary = (
+                self.local / f"{name}.{os.getpid()}{_TEMPORARY}"
+            )  # a task may be tried while its twin still runs
             try:
                 with pa.OSFile(str(temporary), "wb") as file:
                     yield file
@@ -243,18 +245,24 @@ class Folder:
             if fnmatchcase(name, pattern) and not name.startswith(".") and not name.endswith(_TEMPORARY)
         )
 
-    def remove(self, name: str) -> None:
-        """Remove a file, if it is there."""
+    def remove(self, name: str, *, durable: bool = False) -> None:
+        """Remove a file, if it is there; whether it must not come back after a power cut."""
         if self.local is not None:
             if (self.local / name).exists():
                 (self.local / name).unlink()
-                sync_directory(self.local)
+                if durable:
+                    sync_directory(self.local)
             return
         self._require_writable()
         system, inner = _remote(self.path(name))
         with _explained(self.path(name)):
             if system.get_file_info(inner).is_file:
                 system.delete_file(inner)
+
+    def remove_unfinished(self) -> None:
+        """Remove what was being written here by processes that were killed; nobody may be writing here."""
+        for path in self.local.glob(f"*{_TEMPORARY}") if self.local is not None else ():
+            path.unlink(missing_ok=True)
 
     def exists(self, name: str) -> bool:
         """Whether there is a file of this name."""

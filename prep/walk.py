@@ -10,7 +10,8 @@ from typing import NamedTuple, NoReturn
 
 from prep.arrow_files import INFO, SPLITS, STATE
 from prep.documents import Kind
-from prep.storage import Stat, matches, remote_files
+from prep.stage_manifest import is_stage_folder
+from prep.storage import Folder, Stat, matches, remote_files
 from shards.errors import UserError
 
 ROW_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -24,7 +25,7 @@ _TEXT_NAMES = """
     toml ini cfg cmake proto vim f90 zig dart v
 """
 TEXT_SUFFIXES = frozenset("." + name for name in _TEXT_NAMES.split())
-LINK, DANGLING = "linked folder", "link to nowhere"
+LINK, DANGLING, OF_STAGE = "linked folder", "link to nowhere", "folder of a stage"
 SHOWN_KINDS, SHOWN_NAMES = 4, 2
 READABLE = (
     f"{' '.join(ROW_SUFFIXES + CSV_SUFFIXES)} (plain, .gz or .zst), .parquet, .arrow, and text: .txt .md .rst .py and "
@@ -59,7 +60,9 @@ class LeftOut(NamedTuple):
             )
         if LINK in self.names:
             advice.append("linked folders are not followed: to include them, give them by name")
-        if self.names.keys() - {".json", LINK, DANGLING}:
+        if OF_STAGE in self.names:
+            advice.append("to read the documents of a stage, give its folder by name")
+        if self.names.keys() - {".json", LINK, DANGLING, OF_STAGE}:
             advice.append("to include files of unknown suffixes, give them one that is known, such as .txt or .jsonl")
         return "; ".join([line, *advice])
 
@@ -111,6 +114,9 @@ def walk(folder: Path, exclude: Path | None) -> tuple[list[Path], LeftOut]:
     for directory, folders, files in os.walk(folder, onerror=fail):
         here = Path(directory)
         folders[:] = [name for name in folders if not name.startswith(".") and (here / name).resolve() != excluded]
+        stages = [name for name in folders if is_stage_folder(Folder(here / name))]  # removed documents lie there too
+        others += [(OF_STAGE, _below(here / name, folder)) for name in stages]
+        folders[:] = [name for name in folders if name not in stages]
         others += [(LINK, _below(here / name, folder)) for name in folders if (here / name).is_symlink()]
         for name in files:
             path = here / name
