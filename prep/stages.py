@@ -21,7 +21,8 @@ BINS = 50
 COUNT_BINS = 128  # quarters of an octave up to 2^32
 SAMPLES_PER_RULE = 3
 EXCERPT_CHARACTERS = 600
-STATISTIC = re.compile(r"\w+\.\w+@\d")  # a column with the values of a rule (see `prep.filters.rules`)
+# A column with the values of a rule (see `prep.filters.rules`), and the cleanings behind which they were measured.
+STATISTIC = re.compile(r"(?P<measured>\w+\.\w+@\d+)(?P<cleanings>(\.[0-9a-f]{8})*)")
 
 # What a rejected document has beside its own columns: the stage and rule that removed it, the measured value and the
 # bound that it broke, more words where they help; for duplicates the document that stays, and the similarity to it.
@@ -258,14 +259,32 @@ def text_bytes(batch: pa.RecordBatch) -> int:
     return pc.sum(pc.binary_length(batch.column("text"))).as_py() or 0
 
 
-def replace_text(batch: pa.RecordBatch, texts: pa.Array) -> pa.RecordBatch:
-    """The batch with other texts; statistics that were kept of a text that has changed become null."""
+def replace_text(batch: pa.RecordBatch, texts: pa.Array, cleaning: str = "") -> pa.RecordBatch:
+    """The batch with other texts; statistics that were kept of a text that has changed become null.
+
+    Args:
+        batch: documents.
+        texts: their new texts.
+        cleaning: what made them, if statistics may have been kept of what it makes: `rule.name@1.CLEANING` now holds
+            for the texts themselves, and so becomes the column `rule.name@1`.
+    """
     changed = pc.not_equal(batch.column("text"), texts)
-    for place, column in enumerate(batch.schema):
-        if STATISTIC.match(column.name):
-            forgotten = pc.if_else(changed, pa.scalar(None, column.type), batch.column(place))
-            batch = batch.set_column(place, column, forgotten)
-    return batch.set_column(batch.schema.get_field_index("text"), "text", texts)
+    names = [column.name for column in batch.schema]
+    result = batch.set_column(names.index("text"), "text", texts)
+    for name, kept in zip(names, batch.columns, strict=True):
+        if STATISTIC.fullmatch(name):
+            forgotten = pc.if_else(changed, pa.scalar(None, kept.type), kept)
+            result = result.set_column(names.index(name), name, forgotten)
+    for name, kept in zip(names, batch.columns, strict=True) if cleaning else ():
+        found = STATISTIC.fullmatch(name)
+        if found and (found["cleanings"] + ".").startswith(f".{cleaning}."):
+            now = found["measured"] + found["cleanings"].removeprefix(f".{cleaning}")
+            place = result.schema.get_field_index(now)
+            if place < 0:
+                result = result.append_column(now, kept)
+            else:
+                result = result.set_column(place, now, pc.coalesce(kept, result.column(place)))
+    return result
 
 
 def _sample(row: dict[str, Any]) -> dict[str, Any]:

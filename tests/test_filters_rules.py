@@ -16,7 +16,6 @@ from prep.filters.rules import CleanStage, FilterStage, MeasureStage
 from prep.stages import Tally, replace_text
 from shards.errors import UserError
 
-NAMES = [name for name, steps in PRESETS.items() if steps]
 PROSE = "The cat sat on the mat and looked at the dog with care. It had to be so, and that was all there was of it.\n"
 
 
@@ -122,18 +121,41 @@ def test_mistakes_are_named(settings, message):
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("preset", NAMES)
+@pytest.mark.parametrize("preset", [*PRESETS, ["c4", "dclm", "gopher"], ["gopher", "c4_paper", "c4_paper", "gopher"]])
 def test_kept_statistics_give_the_same_documents(preset, monkeypatch):
-    documents = batch(rows(SHARED / "c4-300.jsonl", 120))
+    """Behind cleanings too, which here change every other text."""
+    texts = rows(SHARED / "c4-300.jsonl", 120)
+    dirt = "By the use of cookies you agree to this.\n3 likes\nA [[1]2] citation of what the cat did to the dog.\n"
+    documents = batch([f"# Copyright me\n\n{dirt}{text}" if number % 2 else text for number, text in enumerate(texts)])
     stages = build({"preset": preset}, "test")
     measured = MeasureStage(tuple(stages))(documents, Tally("statistics"))
     assert measured.schema == pa.schema([*documents.schema, *MeasureStage(tuple(stages)).adds])
     assert measured.num_rows == documents.num_rows
     expected, expected_removed, _ = run({"preset": preset}, documents)
-    monkeypatch.setattr("prep.filters.measures.GROUPS", {})  # nothing can be measured any more
-    kept, removed, _ = run({"preset": preset}, measured)
+    if any(isinstance(stage, CleanStage) for stage in stages):
+        assert any(expected.column("text")[n].as_py() not in texts for n in range(expected.num_rows))
+    with monkeypatch.context() as patch:
+        patch.setattr("prep.filters.measures.GROUPS", {})  # nothing can be measured any more
+        kept, removed, _ = run({"preset": preset}, measured)
     assert kept.select(["id", "text"]).equals(expected.select(["id", "text"]))
     assert removed == expected_removed
+    # What is left may be filtered again: nothing that was kept of the text before is taken for the one after.
+    assert run({"preset": preset}, kept)[1] == run({"preset": preset}, expected)[1]
+
+
+def test_statistics_are_measured_anew_over_those_that_are_there():
+    documents = batch(rows(SHARED / "c4-300.jsonl", 9))
+    gopher, fineweb = (MeasureStage(tuple(build({"preset": name}, "t"))) for name in ("gopher", "fineweb"))
+    once = fineweb(documents, Tally("x"))
+    twice = fineweb(gopher(documents, Tally("x")), Tally("x"))
+    assert twice.select(once.schema.names).equals(once)
+    assert len(set(twice.schema.names)) == len(twice.schema.names)
+
+
+def test_only_rules_have_statistics(tmp_path):
+    path = write(tmp_path / "w", "bad\n")
+    with pytest.raises(ValueError, match="without statistics: words"):
+        MeasureStage(tuple(build({"preset": "gopher", "words": [{"files": [path]}]}, "t")))
 
 
 def test_kept_statistics_of_a_changed_text_are_not_used():
@@ -165,7 +187,7 @@ def test_descriptions_change_with_what_matters():
 
 
 def test_empty_batches_pass():
-    for preset in NAMES:
+    for preset in PRESETS:
         kept, removed, _ = run({"preset": preset}, batch(["x"]).slice(0, 0))
         assert kept.num_rows == 0
         assert not removed

@@ -51,15 +51,10 @@ _NOT_DOMAIN = re.compile(r"[0-9]+\.[0-9]|[0-9]+x\.")
 LONGEST_LOCAL = 64
 
 _IPV4 = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}", re.ASCII)
-_VERSION_WORDS = frozenset(
-    (
-        *("v", "ver", "vers", "version", "versions", "rel", "release", "releases", "rev", "revision", "revisions"),
-        *("build", "builds", "firmware", "driver", "drivers", "patch", "update", "updates"),
-        *("section", "sections", "sect", "sec", "chapter", "chapters", "clause", "clauses", "article", "articles"),
-        *("figure", "figures", "fig", "table", "tables", "paragraph", "paragraphs", "para", "appendix"),
-        *("item", "items", "rule", "rules"),
-    )
-)
+_NUMBERED = """v ver vers version versions rel release releases rev revision revisions build builds firmware driver
+drivers patch update updates section sections sect sec chapter chapters clause clauses article articles figure figures
+fig table tables paragraph paragraphs para appendix item items rule rules"""
+_VERSION_WORDS = frozenset(_NUMBERED.split())
 # what stands before a number, read backwards: the word, and the signs that pin or continue a version
 _WORD_BEFORE = re.compile(r"[.:#\s]{0,3}([A-Za-z]+)")
 _VERSION_BEFORE = re.compile(r"\s?=[<>~!]|==|\s?>~|\^|\s{0,2}§|\.[0-9]|[-/][A-Za-z_]")
@@ -68,17 +63,9 @@ _CONTEXT, _DIGITS = 24, frozenset("0123456789")
 _IPV6 = re.compile(r"[23][0-9A-Fa-f]{3}(?::[0-9A-Fa-f]{0,4}){1,8}(?:(?:\.[0-9]{1,3}){3})?", re.ASCII)
 
 # https://www.iana.org/assignments/iana-ipv4-special-registry and multicast (RFC 5771)
-_SPECIAL_IPV4 = [
-    (int(network.network_address), int(network.netmask))
-    for network in map(
-        IPv4Network,
-        (
-            *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12"),
-            *("192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15"),
-            *("198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4"),
-        ),
-    )
-]
+_SPECIAL = """0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 192.0.2.0/24
+192.88.99.0/24 192.168.0.0/16 198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 224.0.0.0/4 240.0.0.0/4"""
+_SPECIAL_IPV4 = [(int(network.network_address), int(network.netmask)) for network in map(IPv4Network, _SPECIAL.split())]
 # https://www.iana.org/assignments/iana-ipv6-special-registry, what of it lies in 2000::/3 and names no one's machine
 _SPECIAL_IPV6 = [
     IPv6Network(name) for name in ("2001:2::/48", "2001:10::/28", "2001:20::/28", "2001:db8::/32", "3fff::/20")

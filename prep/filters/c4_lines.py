@@ -13,13 +13,27 @@ from prep.filters.spans import cut_spaces, last_start, next_break, skip_spaces
 from prep.words import decode
 
 COUNTS = (
-    *("lorem_ipsum", "curly_brackets", "sentences", "lines", "lines.word_length", "lines.end", "lines.words"),
-    *("lines.javascript", "lines.policy", "citations"),
+    "lorem_ipsum",
+    "curly_brackets",
+    "sentences",
+    "lines",
+    "lines.word_length",
+    "lines.end",
+    "lines.words",
+    "lines.javascript",
+    "lines.policy",
+    "citations",
 )
 PHRASES = make_phrases(
     (
-        *("lorem ipsum", "javascript", "terms of use", "privacy policy", "cookie policy", "uses cookies"),
-        *("use of cookies", "use cookies"),
+        "lorem ipsum",
+        "javascript",
+        "terms of use",
+        "privacy policy",
+        "cookie policy",
+        "uses cookies",
+        "use of cookies",
+        "use cookies",
     )
 )
 _CURLY, _SQUARE = np.uint32(1 << 30), np.uint32(1 << 31)

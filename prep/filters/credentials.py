@@ -53,10 +53,8 @@ STANDS_FOR_ONE = re.compile(
 PASSWORD_BITS, KEY_BITS = 2.5, 3.5
 LEAST_BODY = 40
 # a text without any of these holds no match of TOKENS; looking for words is much faster than for the pattern
-_TOKEN_PARTS = (
-    *("AKIA", "ASIA", "ABIA", "ACCA", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "xox"),
-    *("T3BlbkFJ", "AIza", "GOCSPX-", "ya29.", "eyJ", "/services/T"),
-)
+_PARTS = "AKIA ASIA ABIA ACCA ghp_ gho_ ghu_ ghs_ ghr_ github_pat_ xox T3BlbkFJ AIza GOCSPX- ya29. eyJ /services/T"
+_TOKEN_PARTS = _PARTS.split()
 _DIGIT = re.compile("[0-9]")
 _BASE64 = re.compile(r"[A-Za-z0-9+/=]")
 

@@ -10,10 +10,8 @@ from prep.filters.spans import cut_spaces, last_start, same_letters, skip_spaces
 from prep.words import decode
 
 COUNTS = ("lines", "lines.upper_case", "lines.numbers", "lines.counters", "lines.words", "lines.phrase", "phrases")
-_NOUNS = (
-    *("likes", "shares", "comments", "retweets", "reposts", "quotes", "bookmarks", "upvotes", "downvotes"),
-    *("downloads", "views", "followers"),
-)
+_COUNTED = "likes shares comments retweets reposts quotes bookmarks upvotes downvotes downloads views followers"
+_NOUNS = _COUNTED.split()
 _LETTERS = np.zeros((len(_NOUNS), 16), np.uint8)
 for _number, _noun in enumerate(_NOUNS):
     _LETTERS[_number, : len(_noun)] = list(_noun.encode("ascii"))

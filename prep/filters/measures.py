@@ -18,7 +18,7 @@ from prep.filters import code_text, measures_lines, measures_repetition, measure
 from prep.words import Words, split_words, text_buffers
 from shards.errors import UserError, unknown_name
 
-Columns = dict[str, np.ndarray]
+Values = dict[str, np.ndarray]  # of statistics or rules, by name: float64 or int64 [documents] each
 
 
 class Statistic(NamedTuple):
@@ -59,11 +59,11 @@ def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     return np.divide(part, whole, out=np.zeros(len(part)), where=whole != 0)
 
 
-def _length(texts: Texts) -> Columns:
+def _length(texts: Texts) -> Values:
     return {"characters": texts.characters, "bytes": np.diff(texts.offsets), "tokens": texts.tokens}
 
 
-def _tokens(texts: Texts) -> Columns:
+def _tokens(texts: Texts) -> Values:
     found = measures_tokens.token_counts(texts.data, texts.words)
     return {
         "words": found["words"],
@@ -75,7 +75,7 @@ def _tokens(texts: Texts) -> Columns:
     }
 
 
-def _chunks(texts: Texts) -> Columns:
+def _chunks(texts: Texts) -> Values:
     found = measures_tokens.chunk_counts(texts.data, texts.words)
     return {
         "mean_chunk_length": share(found["characters"], found["chunks"]),
@@ -85,7 +85,7 @@ def _chunks(texts: Texts) -> Columns:
     }
 
 
-def _line_edges(texts: Texts) -> Columns:
+def _line_edges(texts: Texts) -> Values:
     found = measures_lines.edges(texts.data, texts.offsets, splitlines=True)
     return {
         "bullet_lines": share(found["bullets"], found["lines"]),
@@ -93,7 +93,7 @@ def _line_edges(texts: Texts) -> Columns:
     }
 
 
-def _filled_line_edges(texts: Texts) -> Columns:
+def _filled_line_edges(texts: Texts) -> Values:
     found = measures_lines.edges(texts.data, texts.offsets, splitlines=False)
     return {
         "bullet_filled_lines": share(found["bullets"], found["lines"]),
@@ -101,7 +101,7 @@ def _filled_line_edges(texts: Texts) -> Columns:
     }
 
 
-def _copies(texts: Texts) -> Columns:
+def _copies(texts: Texts) -> Values:
     found = {}
     for name, newlines in (("line", 1), ("paragraph", 2)):
         counts = measures_lines.copies(texts.data, texts.offsets, newlines=newlines, stripped=False)
@@ -110,7 +110,7 @@ def _copies(texts: Texts) -> Columns:
     return found
 
 
-def _all_copies(texts: Texts) -> Columns:
+def _all_copies(texts: Texts) -> Values:
     found = {}
     for name, newlines in (("line", 1), ("paragraph", 2)):
         counts = measures_lines.copies(texts.data, texts.offsets, newlines=newlines, stripped=True)
@@ -119,7 +119,7 @@ def _all_copies(texts: Texts) -> Columns:
     return found
 
 
-def _ngrams(texts: Texts) -> Columns:
+def _ngrams(texts: Texts) -> Values:
     words = texts.words
     tops, duplicates = measures_repetition.repeated_ngrams(
         words.offsets, words.hash, words.characters, texts.characters.astype(np.float64), overlapping=False
@@ -127,21 +127,21 @@ def _ngrams(texts: Texts) -> Columns:
     return _named("top_{}gram", "duplicate_{}gram", tops, duplicates)
 
 
-def _word_ngrams(texts: Texts) -> Columns:
+def _word_ngrams(texts: Texts) -> Values:
     offsets, hashes, lengths = measures_tokens.only_words(texts.words)
     totals = np.diff(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[offsets]).astype(np.float64)
     tops, duplicates = measures_repetition.repeated_ngrams(offsets, hashes, lengths, totals, overlapping=True)
     return _named("top_word_{}gram", "repeated_word_{}gram", tops, duplicates)
 
 
-def _named(top: str, duplicate: str, tops: np.ndarray, duplicates: np.ndarray) -> Columns:
+def _named(top: str, duplicate: str, tops: np.ndarray, duplicates: np.ndarray) -> Values:
     names = [top.format(n) for n in measures_repetition.TOP] + [
         duplicate.format(n) for n in measures_repetition.DUPLICATE
     ]
     return dict(zip(names, [*tops, *duplicates], strict=True))
 
 
-def _plain_lines(texts: Texts) -> Columns:
+def _plain_lines(texts: Texts) -> Values:
     found = measures_lines.plain_lines(texts.data, texts.offsets)
     return {
         "terminal_lines": share(found["terminal"], found["lines"]),
@@ -151,7 +151,7 @@ def _plain_lines(texts: Texts) -> Columns:
     }
 
 
-def _line_lengths(texts: Texts) -> Columns:
+def _line_lengths(texts: Texts) -> Values:
     found = measures_lines.line_lengths(texts.data, texts.offsets)
     return {
         "lines": found["lines"],
@@ -160,18 +160,18 @@ def _line_lengths(texts: Texts) -> Columns:
     }
 
 
-def _kinds(texts: Texts) -> Columns:
+def _kinds(texts: Texts) -> Values:
     found = measures_lines.character_kinds(texts.data, texts.offsets)
     names = {"letters": "letter", "alphanumeric": "alphanumeric", "upper": "upper_case", "numbers": "number"}
     shares = {f"{name}_share": share(found[key], texts.characters) for key, name in names.items()}
     return {**shares, "space_share": share(found["spaces"], texts.characters)}
 
 
-def _generated(texts: Texts) -> Columns:
+def _generated(texts: Texts) -> Values:
     return {"generated_markers": code_text.generated_markers(texts.data, texts.offsets)}
 
 
-GROUPS: dict[str, Callable[[Texts], Columns]] = {
+GROUPS: dict[str, Callable[[Texts], Values]] = {
     "length": _length,
     "tokens": _tokens,
     "chunks": _chunks,
@@ -199,10 +199,16 @@ _SHARES = {
     "line_edges": ("bullet_lines", "ellipsis_lines"),
     "filled_line_edges": ("bullet_filled_lines", "ellipsis_filled_lines"),
     "copies": (
-        *("duplicate_lines", "duplicate_line_characters", "duplicate_paragraphs", "duplicate_paragraph_characters"),
+        "duplicate_lines",
+        "duplicate_line_characters",
+        "duplicate_paragraphs",
+        "duplicate_paragraph_characters",
     ),
     "all_copies": (
-        *("repeated_lines", "repeated_line_characters", "repeated_paragraphs", "repeated_paragraph_characters"),
+        "repeated_lines",
+        "repeated_line_characters",
+        "repeated_paragraphs",
+        "repeated_paragraph_characters",
     ),
     "ngrams": (*(f"top_{n}gram" for n in range(2, 5)), *(f"duplicate_{n}gram" for n in range(5, 11))),
     "word_ngrams": (*(f"top_word_{n}gram" for n in range(2, 5)), *(f"repeated_word_{n}gram" for n in range(5, 11))),
@@ -215,7 +221,7 @@ STATISTICS: dict[str, Statistic] = {
 }
 
 
-def statistics(texts: pa.Array | pa.RecordBatch, names: Iterable[str]) -> Columns:
+def statistics(texts: pa.Array | pa.RecordBatch, names: Iterable[str]) -> Values:
     """Measure texts.
 
     Args:
@@ -236,7 +242,7 @@ def statistics(texts: pa.Array | pa.RecordBatch, names: Iterable[str]) -> Column
     groups = {STATISTICS[name].group for name in wanted}
     if groups & {"tokens", "chunks", "ngrams", "word_ngrams"}:
         _ = column.words  # first, so that the other groups use them
-    found: Columns = {}
+    found: Values = {}
     for group in GROUPS:  # in this order
         if group in groups:
             found.update(GROUPS[group](column))

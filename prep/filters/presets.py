@@ -46,16 +46,14 @@ def _repetition(step: str, prefixes: tuple[str, str, str], source: str) -> tuple
     return _table(step, source, (*paragraphs, *lines, *tops, *duplicates))
 
 
-def _c4(
-    source: str, *, words: float, sentences: float, ends: bool = True, lines_source: str = C4_CODE
-) -> tuple[Rule, ...]:
+def _c4(source: str, *, words: float, sentences: float, ends: bool = True) -> tuple[Rule, ...]:
     return (
-        Rule("c4.line_word_length", high=1000, source=lines_source),
-        Rule("c4.citations", source=lines_source),
+        Rule("c4.line_word_length", high=1000, source=C4_CODE),
+        Rule("c4.citations", source=C4_CODE),
         Rule("c4.line_end", source=C4, active=ends),
         Rule("c4.line_words", low=words, source=source),
         Rule("c4.line_javascript", source=C4),
-        Rule("c4.line_policy", source=lines_source),
+        Rule("c4.line_policy", source=C4_CODE),
         Rule("c4.lorem_ipsum", "lorem_ipsum", high=0, source=C4),
         Rule("c4.curly_brackets", "curly_brackets", high=0, source=C4),
         Rule("c4.sentences", "sentences", low=sentences, source=source),
@@ -136,7 +134,7 @@ _SHARES = tuple(
 )
 
 
-class Step(NamedTuple):
+class PresetStep(NamedTuple):
     """One stage of a preset: its name in the funnel, its rules, and the cleaner if it changes the text."""
 
     name: str
@@ -145,21 +143,23 @@ class Step(NamedTuple):
 
 
 _GOPHER_REPETITION = _repetition("gopher_repetition", ("duplicate", "top", "duplicate"), GOPHER_TABLE)
-PRESETS: dict[str, tuple[Step, ...]] = {
-    "gopher_quality": (Step("gopher_quality", _QUALITY),),
-    "gopher_repetition": (Step("gopher_repetition", _GOPHER_REPETITION),),
-    "gopher": (Step("gopher", (*_QUALITY, *_GOPHER_REPETITION)),),
-    "c4": (Step("c4", _c4(C4_CODE, words=5, sentences=3), "c4_reference"),),
-    "c4_paper": (Step("c4", _c4(C4, words=3, sentences=5), "c4"),),
-    "fineweb_quality": (Step("fineweb_quality", _FINEWEB),),
+PRESETS: dict[str, tuple[PresetStep, ...]] = {
+    "gopher_quality": (PresetStep("gopher_quality", _QUALITY),),
+    "gopher_repetition": (PresetStep("gopher_repetition", _GOPHER_REPETITION),),
+    "gopher": (PresetStep("gopher", (*_QUALITY, *_GOPHER_REPETITION)),),
+    "c4": (PresetStep("c4", _c4(C4_CODE, words=5, sentences=3), "c4_reference"),),
+    "c4_paper": (PresetStep("c4", _c4(C4, words=3, sentences=5), "c4"),),
+    "fineweb_quality": (PresetStep("fineweb_quality", _FINEWEB),),
     "fineweb": (
-        Step("gopher", (*_GOPHER_REPETITION, *_QUALITY)),
-        Step("c4", _c4(FINEWEB, words=3, sentences=5, ends=False), "c4"),
-        Step("fineweb_quality", _FINEWEB),
+        PresetStep("gopher", (*_GOPHER_REPETITION, *_QUALITY)),
+        PresetStep("c4", _c4(FINEWEB, words=3, sentences=5, ends=False), "c4"),
+        PresetStep("fineweb_quality", _FINEWEB),
     ),
-    "dclm": (Step("dclm", _DCLM), Step("dclm_lines", _DCLM_LINES, "dclm_lines")),
-    "code": (Step("code", _CODE), Step("code_licence", (Rule("code_licence.licence", source=STARCODER),), "licence")),
-    "length": (),
+    "dclm": (PresetStep("dclm", _DCLM), PresetStep("dclm_lines", _DCLM_LINES, "dclm_lines")),
+    "code": (
+        PresetStep("code", _CODE),
+        PresetStep("code_licence", (Rule("code_licence.licence", source=STARCODER),), "licence"),
+    ),
 }
 
 
@@ -198,7 +198,7 @@ def build(settings: Mapping[str, Any], where: str) -> list[Stage]:
     if given.urls is not None:
         stages.append(UrlStage.load(given.urls, where))
     stages += [WordListStage.load(words, where) for words in given.words]
-    steps = [Step("bounds", (*_LENGTH, *_SHARES)), *(step for name in names for step in PRESETS[name])]
+    steps = [PresetStep("bounds", (*_LENGTH, *_SHARES)), *(step for name in names for step in PRESETS[name])]
     sizes = [len(step.rules) for step in steps]
     changed = override([rule for step in steps for rule in step.rules], given.rules, where)
     behind = ""
@@ -207,7 +207,7 @@ def build(settings: Mapping[str, Any], where: str) -> list[Stage]:
         rules = changed[begin : begin + sizes[index]]
         if step.cleaner is not None:
             stage = CleanStage(step.name, step.cleaner, rules, behind)
-            behind = stage.digest
+            behind = stage.leaves
             stages.append(stage)
         elif any(rule.active for rule in rules):
             stages.append(FilterStage(step.name, rules, behind))

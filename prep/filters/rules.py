@@ -2,7 +2,8 @@
 
 The values that rules look at can be kept as columns of the documents (`--stats-only`), so that thresholds can be tried
 without measuring again: column `gopher_quality.word_count@1` holds the values of that rule under version 1 of its
-statistic; a suffix (`@1.3fa2b6c1`) names the cleaning that the text went through before it was measured.
+statistic, measured on the text of the row. A suffix (`@1.3fa2b6c1`) names the cleaning that the text goes through
+before it is measured, or several; once it has gone through them, these are the values of the text of the row.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +23,8 @@ from prep.stages import NOTHING_ADDED, Stage, Tally, Unit, replace_text
 from shards.errors import UserError, unknown_name
 from shards.settings import Settings
 
-Columns = dict[str, np.ndarray]
+if TYPE_CHECKING:
+    from prep.filters.measures import Values
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,8 @@ def _changed(rule: Rule, change: Override, where: str) -> Rule:
     return new
 
 
-def column_name(rule: Rule, behind: str) -> str:
-    """The column that keeps the values of a rule: see the module's docstring. `behind` names the cleaning before it."""
+def column_name(rule: Rule, behind: str = "") -> str:
+    """The column that keeps the values of a rule, as the module's docstring has it; `behind` names the cleanings."""
     from prep.filters.measures import STATISTICS
 
     version = STATISTICS[rule.statistic].version if rule.statistic in STATISTICS else 1
@@ -120,9 +122,7 @@ def _rejections(
 ) -> np.ndarray:
     """Tell the tally which documents break which rule first; which ones stay, bool [n]."""
     left = np.ones(batch.num_rows, bool)
-    for rule in rules:
-        if rule.on_lines or not rule.active:
-            continue
+    for rule in _on_documents(rules):
         value = values[rule.name]
         tally.histogram(rule.name, value, unit=_unit(rule), low=rule.low, high=rule.high)
         for broken, bound in zip(rule.breaks(value), (rule.low, rule.high), strict=True):
@@ -146,7 +146,7 @@ class FilterStage:
     Attributes:
         name: its name in the funnel.
         rules: in their order; only active ones without "on lines".
-        behind: names the cleaning that the text went through in this chain of stages, "" for none.
+        behind: names the cleanings that the text went through in this chain of stages, with dots; "" for none.
     """
 
     name: str
@@ -158,19 +158,24 @@ class FilterStage:
         """Nothing."""
         return NOTHING_ADDED
 
+    @property
+    def leaves(self) -> str:
+        """What stages behind it have as `behind`."""
+        return self.behind
+
     def describe(self) -> dict[str, Any]:
         """Rules, and the version of every statistic."""
         columns = [column_name(rule, self.behind) for rule in self.rules if rule.active]
         return {"stage": "filter", "rules": _described(self.rules), "columns": columns}
 
-    def measure(self, batch: pa.RecordBatch) -> Columns:
+    def measure(self, batch: pa.RecordBatch) -> Values:
         """Values of the active rules by rule; kept columns without nulls are taken as they are."""
         from prep.filters.measures import statistics
 
         active = [rule for rule in self.rules if rule.active]
-        found: Columns = {}
+        found: Values = {}
         for rule in active:
-            place = batch.schema.get_field_index(column_name(rule, self.behind))
+            place = batch.schema.get_field_index(column_name(rule))
             if place >= 0 and batch.column(place).null_count == 0:
                 found[rule.name] = batch.column(place).to_numpy(zero_copy_only=False).astype(np.float64, copy=False)
         missing = [rule for rule in active if rule.name not in found]
@@ -219,12 +224,17 @@ class CleanStage:
 
     @property
     def digest(self) -> str:
-        """Names this cleaning and what came before it: 8 hexadecimal digits of a hash of all that changes the text."""
+        """Names this cleaning: 8 hexadecimal digits of a hash of all that decides how it changes a text."""
         lines = _described([rule for rule in self.rules if rule.on_lines])
-        text = json.dumps([self.cleaner, self.version, self.behind, lines], sort_keys=True)
+        text = json.dumps([self.cleaner, self.version, lines], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
-    def clean(self, texts: pa.Array) -> tuple[pa.Array, Columns, dict[str, int]]:
+    @property
+    def leaves(self) -> str:
+        """What stages behind it have as `behind`."""
+        return f"{self.behind}.{self.digest}" if self.behind else self.digest
+
+    def clean(self, texts: pa.Array) -> tuple[pa.Array, Values, dict[str, int]]:
         """The cleaned column, values of the document rules, and counts."""
         from prep.filters.lines import CLEANERS
 
@@ -245,12 +255,16 @@ class CleanStage:
         empty = pc.equal(pc.binary_length(texts), 0).to_numpy(zero_copy_only=False) & left
         tally.reject(batch, empty, f"{self.name}.nothing_left")
         left &= ~empty
-        batch = replace_text(batch, texts)
+        batch = replace_text(batch, texts, self.digest)
         return batch if left.all() else batch.filter(pa.array(left))
 
 
 def _range(rule: Rule) -> tuple[float, float]:
     return (-np.inf if rule.low is None else rule.low, np.inf if rule.high is None else rule.high)
+
+
+def _on_documents(rules: Sequence[Rule]) -> list[Rule]:
+    return [rule for rule in rules if rule.active and not rule.on_lines]
 
 
 def _described(rules: Sequence[Rule]) -> list[dict[str, Any]]:
@@ -262,21 +276,25 @@ class MeasureStage:
     """Adds the values of all rules of a chain of stages as columns, and removes and changes nothing (`--stats-only`).
 
     Statistics behind a cleaning are those of the cleaned text, as the stages themselves would see it.
+
+    Attributes:
+        stages: FilterStages and CleanStages; others have no statistics, and behind them texts would be other ones.
     """
 
     stages: tuple[Stage, ...]
     name: str = "statistics"
 
+    def __post_init__(self) -> None:
+        if others := [stage.name for stage in self.stages if not isinstance(stage, FilterStage | CleanStage)]:
+            raise ValueError(f"stages without statistics: {', '.join(others)}")
+
+    @property
+    def _chain(self) -> list[FilterStage | CleanStage]:
+        return [stage for stage in self.stages if isinstance(stage, FilterStage | CleanStage)]
+
     @property
     def _rules(self) -> list[tuple[Rule, str]]:
-        kinds = (FilterStage, CleanStage)
-        found = [
-            (rule, stage.digest if isinstance(stage, CleanStage) else stage.behind)
-            for stage in self.stages
-            if isinstance(stage, kinds)
-            for rule in stage.rules
-        ]
-        return [(rule, behind) for rule, behind in found if rule.active and not rule.on_lines]
+        return [(rule, stage.leaves) for stage in self._chain for rule in _on_documents(stage.rules)]
 
     @property
     def adds(self) -> pa.Schema:
@@ -289,20 +307,19 @@ class MeasureStage:
         return {"stage": "measure", "columns": self.adds.names}
 
     def __call__(self, batch: pa.RecordBatch, tally: Tally) -> pa.RecordBatch:
-        """All documents, with the columns."""
-        found: Columns = {}
+        """All documents, with the columns; those of them that were there already are made anew."""
+        values: Values = {}
         current = batch
-        for stage in self.stages:
+        for stage in self._chain:
             if isinstance(stage, FilterStage):
-                values, behind = stage.measure(current), stage.behind
-            elif isinstance(stage, CleanStage):
-                texts, values, _ = stage.clean(current.column("text"))
-                current, behind = replace_text(batch.select(["id", "text", "source"]), texts), stage.digest
+                found = stage.measure(current)
             else:
-                continue
-            for rule in stage.rules:
-                if rule.active and not rule.on_lines:
-                    found[column_name(rule, behind)] = values[rule.name]
-                    tally.histogram(rule.name, values[rule.name], unit=_unit(rule), low=rule.low, high=rule.high)
-        columns = [pa.array(found[name], pa.float64()) for name in self.adds.names]
-        return pa.RecordBatch.from_arrays([*batch.columns, *columns], schema=pa.schema([*batch.schema, *self.adds]))
+                texts, found, _ = stage.clean(current.column("text"))
+                current = replace_text(current, texts, stage.digest)
+            for rule in _on_documents(stage.rules):
+                values[column_name(rule, stage.leaves)] = found[rule.name]
+                tally.histogram(rule.name, found[rule.name], unit=_unit(rule), low=rule.low, high=rule.high)
+        batch = batch.select([name for name in batch.schema.names if name not in values])
+        schema = pa.schema([*batch.schema, *self.adds])
+        columns = [pa.array(values[name], pa.float64()) for name in self.adds.names]
+        return pa.RecordBatch.from_arrays([*batch.columns, *columns], schema=schema)
