@@ -102,6 +102,14 @@ def filter_documents(
     stages = _filter_settings(preset, rule, language, language_columns, classifier, mask, url_domains, words)
     if not stages:
         raise UserError("nothing to filter by; give --preset, --rule, --language, --classifier, --mask, --words …")
+    if stats_only:
+        others: dict[str, Any] = {"--language": language, "--classifier": classifier, "--mask": mask, "--words": words}
+        others |= {"--url-domains": url_domains, "--language-columns": language_columns}
+        if named := [name for name, given in others.items() if given]:
+            raise UserError(
+                f"--stats-only: only the rules of --preset and --rule have statistics; leave out {', '.join(named)} "
+                f"and give them to the filter that reads the result"
+            )
 
     def make_steps() -> list[AnyStep]:
         from prep.filters.rules import MeasureStage

@@ -11,6 +11,7 @@ import pytest
 from filter_reference import clean_c4, statistics
 from test_filters import SHARED, rows
 
+from prep.cli_documents import filter_documents
 from prep.filters.presets import PRESETS, build
 from prep.filters.rules import CleanStage, FilterStage, MeasureStage
 from prep.stages import Tally, replace_text
@@ -150,6 +151,18 @@ def test_statistics_are_measured_anew_over_those_that_are_there():
     twice = fineweb(gopher(documents, Tally("x")), Tally("x"))
     assert twice.select(once.schema.names).equals(once)
     assert len(set(twice.schema.names)) == len(twice.schema.names)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{name: ["x"]} for name in ("language", "words", "url_domains")]
+    + [{name: "a:b:1"} for name in ("classifier", "mask")],
+)
+def test_the_command_refuses_what_has_no_statistics(option, tmp_path):
+    (name,) = option
+    with pytest.raises(UserError, match=f"--stats-only: .* leave out --{name.replace('_', '-')} and"):
+        filter_documents([str(tmp_path)], str(tmp_path / "out"), preset=["gopher"], stats_only=True, **option)
+    assert not list(tmp_path.iterdir())
 
 
 def test_only_rules_have_statistics(tmp_path):
