@@ -24,6 +24,7 @@ from prep_runs import write_recipe as write
 from prep.executors import LocalExecutor
 from prep.recipe import load_recipe
 from prep.run_recipe import run_recipe
+from shards.errors import UserError
 
 TESTS = Path(__file__).parent
 PROGRAM = [sys.executable, str(TESTS / "prep_runs.py")]
@@ -91,6 +92,11 @@ def descendants(pid: int) -> set[int]:
     return found - {pid}
 
 
+def is_worker(pid: int) -> bool:
+    """Whether it is one of the processes that do the work."""
+    return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
 def alive(pid: int) -> bool:
     """Whether a process runs; one that is only left to be waited for does not."""
     try:
@@ -151,22 +157,26 @@ def test_ray_decides_nothing(expected, tmp_path):
 
 
 def test_killed_and_gone_on_with(expected, tmp_path):
-    """In each of the passes."""
+    """First a worker in the first pass, then the main process in the second."""
     data, files = expected
     out = tmp_path / "out"
-    kept_then: dict[str, tuple[int, int]] = {}
-    for folder, wanted in ((out / "before-dedup" / "state", 3), (out / "documents" / "state", 2)):
-        process = start(data, tmp_path, "--workers", "2")
-        wait_until(lambda folder=folder, wanted=wanted: len(list(folder.glob("part-*.json"))) >= wanted, process)
-        assert process.poll() is None, finish(process)
-        kill(process)
-        now = states(out)
-        assert {name: now.get(name) for name in kept_then} == kept_then
-        kept_then = now
-    said = finish_here(data, tmp_path)
-    assert "were done before" in said
-    now = states(out)
-    assert {name: now.get(name) for name in kept_then} == kept_then
+    process = start(data, tmp_path, "--workers", "2")
+    wait_until(lambda: len(list((out / "before-dedup" / "state").glob("part-*.json"))) >= 3, process)
+    os.kill(next(pid for pid in sorted(descendants(process.pid)) if is_worker(pid)), signal.SIGKILL)
+    code, said = finish(process)
+    assert code == 2
+    assert "a worker process died" in said
+    assert "Traceback" not in said
+    first = states(out)
+    assert first
+    process = start(data, tmp_path, "--workers", "2")
+    wait_until(lambda: len(list((out / "documents" / "state").glob("part-*.json"))) >= 2, process)
+    assert process.poll() is None, finish(process)
+    kill(process)
+    second = states(out)
+    assert first.items() <= second.items()
+    assert "were done before" in finish_here(data, tmp_path)
+    assert second.items() <= states(out).items()
     assert differing(out, files) == set()
 
 
@@ -204,27 +214,22 @@ def test_killed_at_twenty_random_moments(expected, tmp_path):
     assert differing(out, files) == set()
 
 
-def test_a_worker_that_dies_is_named_and_gone_on_behind(expected, tmp_path):
+def test_the_disk_is_full(expected, tmp_path):
+    """No file may grow beyond 30 KB; then there is room again."""
     data, files = expected
-    process = start(data, tmp_path, "--workers", "2")
-    folder = tmp_path / "out" / "before-dedup" / "state"
-    wait_until(lambda: len(list(folder.glob("part-*.json"))) >= 3, process)
-
-    def is_worker(pid: int) -> bool:
-        return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
-
-    os.kill(next(pid for pid in sorted(descendants(process.pid)) if is_worker(pid)), signal.SIGKILL)
-    code, said = finish(process)
-    assert code == 2
-    assert "a worker process died" in said
-    assert "Traceback" not in said
-    said = finish_here(data, tmp_path)
-    assert "were done before" in said
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"out/documents: the disk is full .* What is finished is kept"):
+            finish_here(data, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    finish_here(data, tmp_path)
     assert differing(tmp_path / "out", files) == set()
 
 
-def test_the_disk_is_full(expected, tmp_path):
-    """No file may grow beyond 30 KB, in the workers too; then there is room again."""
+@pytest.mark.slow
+def test_the_disk_is_full_for_workers(expected, tmp_path):
     data, files = expected
 
     def small_disk() -> None:
@@ -234,7 +239,7 @@ def test_the_disk_is_full(expected, tmp_path):
     assert code == 2
     assert "the disk is full" in said
     assert "Traceback" not in said
-    said = finish_here(data, tmp_path)
+    finish_here(data, tmp_path)
     assert differing(tmp_path / "out", files) == set()
 
 

@@ -74,7 +74,7 @@ def content(folder: Folder, below: str = "") -> dict[str, bytes | None]:
 
 STAGES = {
     "filter": ["--preset", "gopher", "--mask", "email"],
-    "dedup": ["--threshold", "0.7"],
+    "dedup": ["--threshold", "0.7", "--bands", "6"],
     "decontaminate": ["--against", "exam.jsonl"],
 }
 
@@ -116,7 +116,7 @@ def test_a_chain_on_s3_that_ends_in_tokens(bucket, call, tmp_path):
     Folder(f"{bucket}/chain").write("a.jsonl", write_rows(tmp_path / "a.jsonl", documents(1, 60)).read_bytes())
     (tmp_path / "tokenizer.json").write_bytes(small_tokenizer())
     call("filter", f"{bucket}/chain/a.jsonl", "-p", "gopher", "--out", f"{bucket}/chain/clean", "--workers", 1)
-    call("dedup", f"{bucket}/chain/clean", "--out", f"{bucket}/chain/unique", "--workers", 1)
+    call("dedup", f"{bucket}/chain/clean", "--method", "exact", "--out", f"{bucket}/chain/unique", "--workers", 1)
     call("tokenize", f"{bucket}/chain/unique", "-t", "tokenizer.json", "-o", "tokens", "--workers", 1)
     manifest = orjson.loads(Folder(f"{bucket}/chain/unique").read("manifest.json") or b"")
     assert TokenDataset(tmp_path / "tokens").documents == manifest["documents"]
@@ -130,7 +130,7 @@ def test_recipes_on_s3(bucket, call, tmp_path):
         "name": "far",
         "output": f"{bucket}/recipe/out",
         "sources": [{"name": "a", "path": f"{bucket}/recipe/a.jsonl"}],
-        "stages": [{"filter": {"preset": "gopher"}}, {"dedup": {}}],
+        "stages": [{"filter": {"preset": "gopher"}}, {"dedup": {"method": "exact"}}],
     }
     call("run", write_recipe(tmp_path / "recipe.yaml", data), "--workers", 1)
     before = objects(f"{bucket}/recipe/out")
