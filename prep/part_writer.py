@@ -10,8 +10,8 @@ null, and times and decimals become text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Literal
 
@@ -123,30 +123,63 @@ class PartWriter:
             self._file.write(_compress(_lines(table)))
 
 
+def find_parts(folder: Folder) -> list[str]:
+    """The files of a folder's parts, such as `part-00000.parquet`, in order."""
+    return [name for name in folder.names("part-*") if name.partition(".")[2] in FORMATS]
+
+
 def read_part(
-    folder: Folder, name: str, columns: Sequence[str] | None = None, schema: pa.Schema | None = None
+    folder: Folder,
+    name: str,
+    columns: Sequence[str] | None = None,
+    schema: pa.Schema | None = None,
+    groups: Collection[int] | None = None,
 ) -> Iterator[pa.RecordBatch]:
-    """Read what a `PartWriter` wrote, group by group (about 16 MB of text each).
+    """Read what a `PartWriter` wrote, group by group (about 16 MB of text each), a batch for each.
 
     Args:
         folder: where it lies.
-        name: such as `part-00000`; either format is found.
+        name: such as `part-00000`, whose format is looked for, or `part-00000.parquet`.
         columns: those to read; None: all.
         schema: types of the columns, which JSON Lines do not keep; without it, they are what the values of a group are.
+        groups: the numbers of those to read; None: all.
 
     Raises:
         UserError: there is no such part, or it is damaged.
     """
-    for format in FORMATS:
-        if folder.exists(f"{name}.{format}"):
-            path = folder.path(f"{name}.{format}")
-            try:
-                with folder.open(f"{name}.{format}") as file:
-                    yield from (_read_parquet if format == "parquet" else _read_lines)(file, columns, schema)
-            except (pa.ArrowException, OSError, KeyError, orjson.JSONDecodeError) as error:
-                raise UserError(f"{path}: cannot be read ({error}); remove it and run the stage again") from None
-            return
-    raise UserError(f"{folder}: holds no {name}.parquet or {name}.jsonl.zst")
+    name = _find(folder, name)
+    with _damage_explained(folder, name), folder.open(name) as file:
+        read = _read_parquet if name.endswith(".parquet") else _read_lines
+        yield from read(file, columns, schema, groups)
+
+
+def read_metadata(folder: Folder, name: str) -> pyarrow.parquet.FileMetaData | None:
+    """What a part in Parquet says of its groups, without reading them; None for JSON Lines, which say nothing.
+
+    Raises:
+        UserError: there is no such part, or it is damaged.
+    """
+    name = _find(folder, name)
+    if not name.endswith(".parquet"):
+        return None
+    with _damage_explained(folder, name), folder.open(name) as file:
+        return pyarrow.parquet.ParquetFile(file).metadata
+
+
+def _find(folder: Folder, name: str) -> str:
+    files = [name] if name.endswith(FORMATS) else [f"{name}.{format}" for format in FORMATS]
+    for file in files:
+        if folder.exists(file):
+            return file
+    raise UserError(f"{folder}: holds no {' or '.join(files)}")
+
+
+@contextmanager
+def _damage_explained(folder: Folder, name: str) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError, KeyError, orjson.JSONDecodeError) as error:
+        raise UserError(f"{folder.path(name)}: cannot be read ({error}); remove it and run the stage again") from None
 
 
 def _row_bytes(batch: pa.RecordBatch) -> np.ndarray:
@@ -184,20 +217,21 @@ def _compress(data: bytes) -> bytes:
 
 
 def _read_parquet(
-    file: pa.NativeFile, columns: Sequence[str] | None, schema: pa.Schema | None
+    file: pa.NativeFile, columns: Sequence[str] | None, schema: pa.Schema | None, groups: Collection[int] | None
 ) -> Iterator[pa.RecordBatch]:
     reader = pyarrow.parquet.ParquetFile(file)
-    for group in range(reader.metadata.num_row_groups):
+    for group in range(reader.metadata.num_row_groups) if groups is None else groups:
         yield from reader.read_row_group(group, columns=columns).combine_chunks().to_batches()
 
 
 def _read_lines(
-    file: pa.NativeFile, columns: Sequence[str] | None, schema: pa.Schema | None
+    file: pa.NativeFile, columns: Sequence[str] | None, schema: pa.Schema | None, groups: Collection[int] | None
 ) -> Iterator[pa.RecordBatch]:
     import zstandard
 
-    unread = file.read()
+    unread, group = file.read(), -1
     while unread:
+        group += 1
         decoder = zstandard.ZstdDecompressor().decompressobj()
         try:
             data = decoder.decompress(unread)
@@ -206,6 +240,8 @@ def _read_lines(
         if not decoder.eof:
             raise OSError("truncated")
         unread = decoder.unused_data
+        if groups is not None and group not in groups:
+            continue
         rows = [orjson.loads(line) for line in data.removesuffix(b"\n").split(b"\n")]
         names = list(columns) if columns is not None else list(rows[0])
         types = [schema.field(name).type if schema is not None else None for name in names]

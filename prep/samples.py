@@ -3,6 +3,9 @@
 The choice depends on the folder and the seed alone. It is spread evenly over the folder, and little is read for it: of
 Parquet parts the counts of rows, then the row groups of the chosen documents. Only a wanted rule or source makes a
 scan, of just these columns. Parts in JSON Lines have no such counts: of them, as many are read as documents are wanted.
+
+What was removed is looked for in all passes: of a recipe in `before-dedup/rejected` as well as in `documents/rejected`,
+of a deduplication in `scratch/rejected` and `rejected`. Then each document's header names its folder.
 """
 
 from __future__ import annotations
@@ -11,18 +14,17 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from prep.part_writer import find_parts, read_metadata, read_part
 from prep.report import compared
 from prep.stages import REASON_COLUMNS
 from prep.storage import Folder
@@ -31,11 +33,10 @@ from shards.pages import visible
 
 READERS = 8  # parts looked at at a time: on object storage each is a few round trips
 VALUE_CHARACTERS = 100  # of another column's value in the header of a document
-FORMATS = (".parquet", ".jsonl.zst")
 
 
 class Rows(NamedTuple):
-    """Rows of one part that can be read together: a row group of Parquet, all of a part in JSON Lines."""
+    """Rows of one part that are read together: `number` of its group `group`."""
 
     part: str
     group: int
@@ -90,8 +91,9 @@ def show(
         what = "no document was rejected" if rejected else "no document is left in it"
         console.print(Text(f"{visible(folder)}: {what}"), soft_wrap=True)
         return
-    for count, document in enumerate(_take(place, rows, wanted, number, seed), 1):
-        for text in _document(document, count, characters):
+    for count, (part, document) in enumerate(_take(place, rows, wanted, number, seed), 1):
+        below = part.rpartition("/")[0] if before or own else ""
+        for text in _document(document, count, characters, below):
             console.print(text, soft_wrap=True)
 
 
@@ -124,43 +126,16 @@ def _is_pass(place: Folder, name: str) -> bool:
 
 def _parts(place: Folder, below: str) -> list[str]:
     try:
-        found = (place.child(below.removesuffix("/")) if below else place).names("part-*")
+        found = find_parts(place.child(below.removesuffix("/")) if below else place)
     except NotADirectoryError:
         return []
-    return [below + name for name in found if name.endswith(FORMATS)]
+    return [below + name for name in found]
 
 
-@contextmanager
-def _readable(folder: Folder, name: str) -> Iterator[None]:
-    """Errors of a damaged part as one message."""
-    import zstandard
-
-    try:
-        yield
-    except (pa.ArrowInvalid, pa.ArrowKeyError, KeyError, ValueError, zstandard.ZstdError) as error:
-        what = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{folder.uri}/{name}: cannot be read ({what}); run the stage again") from None
-
-
-def _lines(folder: Folder, name: str, wanted: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    """The rows of a part in JSON Lines that have the wanted values."""
-    import io
-
-    import orjson
-    import zstandard
-
-    with folder.open(name) as file:
-        stream = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-        for line in io.BufferedReader(stream, 1 << 20):
-            row = orjson.loads(line)
-            if all(row[column] == value for column, value in wanted.items()):
-                yield row
-
-
-def _matching(table: pa.Table, wanted: Mapping[str, str]) -> pa.Table:
+def _matching(batch: pa.RecordBatch, wanted: Mapping[str, str]) -> pa.RecordBatch:
     for column, value in wanted.items():
-        table = table.filter(pc.equal(table.column(column), value))
-    return table
+        batch = batch.filter(pc.equal(batch.column(column), value))
+    return batch
 
 
 def _may_match(group: Any, wanted: Mapping[str, str]) -> bool:
@@ -177,20 +152,17 @@ def _may_match(group: Any, wanted: Mapping[str, str]) -> bool:
 
 
 def _look_at_part(folder: Folder, name: str, wanted: Mapping[str, str]) -> list[Rows]:
-    with _readable(folder, name):
-        if not name.endswith(".parquet"):
-            return [Rows(name, 0, sum(1 for _ in _lines(folder, name, wanted)))]
-        with folder.open(name) as file, pq.ParquetFile(file) as parquet:
-            result = []
-            for number in range(parquet.num_row_groups):
-                group = parquet.metadata.row_group(number)
-                count = group.num_rows
-                if wanted and not _may_match(group, wanted):
-                    count = 0
-                elif wanted:
-                    count = _matching(parquet.read_row_group(number, columns=list(wanted)), wanted).num_rows
-                result.append(Rows(name, number, count))
-            return result
+    columns = list(wanted) or ["id"]
+    metadata = read_metadata(folder, name)
+    if metadata is None:
+        batches = read_part(folder, name, columns)
+        return [Rows(name, number, _matching(batch, wanted).num_rows) for number, batch in enumerate(batches)]
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    if not wanted:
+        return [Rows(name, number, group.num_rows) for number, group in enumerate(groups)]
+    possible = [number for number, group in enumerate(groups) if group.num_rows and _may_match(group, wanted)]
+    found = zip(possible, read_part(folder, name, columns, groups=possible), strict=True)
+    return [Rows(name, number, _matching(batch, wanted).num_rows) for number, batch in found]
 
 
 def _look(folder: Folder, names: Sequence[str], wanted: Mapping[str, str], number: int, seed: int) -> list[Rows]:
@@ -203,23 +175,16 @@ def _look(folder: Folder, names: Sequence[str], wanted: Mapping[str, str], numbe
 
 def _take(
     folder: Folder, rows: Sequence[Rows], wanted: Mapping[str, str], number: int, seed: int
-) -> Iterator[dict[str, Any]]:
-    """The chosen documents, in the folder's order; one row group is in memory at a time."""
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The chosen documents with their parts, in the folder's order; one group is in memory at a time."""
     chosen = choose(sum(found.number for found in rows), number, seed)
     start = 0
     for found in rows:
         places = [place - start for place in chosen if start <= place < start + found.number]
         start += found.number
-        if not places:
-            continue
-        with _readable(folder, found.part):
-            if not found.part.endswith(".parquet"):
-                among = set(places)
-                documents = [row for at, row in enumerate(_lines(folder, found.part, wanted)) if at in among]
-            else:
-                with folder.open(found.part) as file, pq.ParquetFile(file) as parquet:
-                    documents = _matching(parquet.read_row_group(found.group), wanted).take(places).to_pylist()
-        yield from documents
+        for batch in read_part(folder, found.part, groups=[found.group]) if places else ():
+            for row in _matching(batch, wanted).take(pa.array(places)).to_pylist():
+                yield found.part, row
 
 
 def _values(folder: Folder, names: Sequence[str], columns: Sequence[str]) -> Counter[tuple[str, ...]]:
@@ -227,14 +192,10 @@ def _values(folder: Folder, names: Sequence[str], columns: Sequence[str]) -> Cou
 
     def count(name: str) -> Counter[tuple[str, ...]]:
         found: Counter[tuple[str, ...]] = Counter()
-        with _readable(folder, name):
-            if not name.endswith(".parquet"):
-                return Counter(tuple(row[column] for column in columns) for row in _lines(folder, name, {}))
-            with folder.open(name) as file, pq.ParquetFile(file) as parquet:
-                for batch in parquet.iter_batches(columns=list(columns)):
-                    table = pa.Table.from_batches([batch]).group_by(list(columns)).aggregate([([], "count_all")])
-                    for row in table.to_pylist():
-                        found[tuple(row[column] for column in columns)] += row["count_all"]
+        for batch in read_part(folder, name, columns):
+            table = pa.Table.from_batches([batch]).group_by(list(columns)).aggregate([([], "count_all")])
+            for row in table.to_pylist():
+                found[tuple(row[column] for column in columns)] += row["count_all"]
         return found
 
     with ThreadPoolExecutor(READERS) as pool:
@@ -267,11 +228,12 @@ def _explain_nothing(folder: Folder, names: Sequence[str], wanted: Mapping[str, 
         raise UserError(f"{folder.uri}: rule '{wanted['rule']}' removed nothing of source '{wanted['source']}'")
 
 
-def _document(row: Mapping[str, Any], count: int, characters: int | None) -> Iterator[Text]:
-    """A header, why it was removed if it was, its other columns, its text."""
+def _document(row: Mapping[str, Any], count: int, characters: int | None, below: str) -> Iterator[Text]:
+    """A header with the folder that it lies in, why it was removed if it was, its other columns, its text."""
     text = row["text"]
     header = Text(f"── {count} ", style="dim").append(visible(str(row["id"])), style="bold default")
-    yield header.append(f" · {visible(str(row['source']))} · {len(text):,} characters", style="default")
+    place = f" · in {visible(below)}" if below else ""
+    yield header.append(f" · {visible(str(row['source']))} · {len(text):,} characters{place}", style="default")
     if row.get("rule") is not None:
         parts = [visible(f"{row['rule']}"), compared(row["value"], row["threshold"])]
         parts.append(visible(row["detail"] or ""))

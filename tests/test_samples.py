@@ -192,6 +192,38 @@ def test_choice_is_even(total, number, seed):
         assert all(place * total // number <= at < (place + 1) * total // number for place, at in enumerate(found))
 
 
+def make_recipe(folder: Path, kind: str, first: str, second: str, last: str) -> Path:
+    """Folders of a recipe with two deduplications, as runs leave them: nine documents removed in each pass."""
+    for place, name in enumerate((first, second, last)):
+        below = folder / name
+        write(below, kind, [document(n, "web") for n in range(5)], DOCUMENT, 0)
+        gone = [reject(n, "web") | {"id": f"{place}-{n}"} for n in range(10 * place + 1, 10 * place + 10)]
+        write(below / "rejected", kind, gone, REJECT, 0)
+        (below / "state").mkdir(exist_ok=True)
+        (below / "state" / "part-00000.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+@pytest.mark.parametrize(
+    "names", [("before-dedup", "before-dedup-2", "documents"), ("scratch", "scratch-2", "")], ids=["recipe", "stage"]
+)
+def test_rejects_of_all_passes_and_where_they_lie(tmp_path, capsys, kind, names):
+    make_recipe(tmp_path / "out", kind, *names)
+    output = shown(capsys, tmp_path / "out", rejected=True, number=100)
+    assert re.findall(r"^language +language\.other +(\d+) *$", output, re.M) == ["27"]
+    assert ids(output) == [f"{place}-{n}" for place in range(3) for n in range(10 * place + 1, 10 * place + 10)]
+    where = re.findall(r"^── .* · in (\S+)$", output, re.M)
+    assert where == [f"{name}/rejected".lstrip("/") for name in names for _ in range(9)]
+    assert len(ids(shown(capsys, tmp_path / "out", rule="language.other", number=3))) == 3
+    stayed = shown(capsys, tmp_path / "out", number=100)
+    assert ids(stayed) == [f"web-{n}" for n in range(5)]
+    assert stayed.count(" · in documents\n") == (5 if names[2] else 0)
+    alone = shown(capsys, tmp_path / "out" / names[0], rejected=True, number=100)
+    assert ids(alone) == [f"0-{n}" for n in range(1, 10)]
+    assert " · in " not in alone
+
+
 def test_from_object_storage(tmp_path, capsys, monkeypatch):
     """The same output from a file system that is not local: every access goes through `Folder`."""
     server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0, verbose=False)
