@@ -133,7 +133,7 @@ def summarise() -> None:
         f"  minigpt-generate {RUN} --prompt 'def main('               # more text\n"
         f"  minigpt-mix show {MIXTURE} --seq-len 256 --step 1 --batch-size 16   # what the model saw\n"
         f"  python train/pretrain.py --config {EXPERIMENT} training.max_steps=2000   # train on from here\n"
-        f"  minigpt-prep sample {DATA}/before-dedup --rejected     # what the filters removed, and why\n"
+        f"  minigpt-prep sample {DATA} --rejected                   # what the recipe removed, and why\n"
         "  minigpt-prep run --help                                         # your own text",
         highlight=False,
         soft_wrap=True,
