@@ -32,6 +32,7 @@ import xxhash
 from prep.characters import UNICODE_VERSION
 from prep.documents import BLOCK_BYTES, START, Block, BrokenInput, Columns, Documents, Input, Position, Rejected
 from prep.part_writer import Format, PartWriter, read_part
+from prep.repeated_ids import IdCounter
 from prep.sources import read_blocks
 from prep.stage_manifest import STATE
 from prep.stages import REASON_COLUMNS, Product, Stage, Step, Tally, run_steps, text_bytes
@@ -39,7 +40,7 @@ from prep.storage import Folder, stat
 
 MIN_PART_BYTES, MAX_PART_BYTES = 4 << 20, 64 << 20
 PARTS_WANTED = 64  # of a small input: enough to keep many workers busy to the end
-ENGINE_VERSION = 1  # raise it when the same steps write other bytes than before
+ENGINE_VERSION = 2  # raise it when the same steps write other bytes than before
 REJECTED = "rejected"
 
 
@@ -98,8 +99,9 @@ class Job:
         return xxhash.xxh3_128_hexdigest(orjson.dumps(self.describe(), option=orjson.OPT_SORT_KEYS))
 
     def out_schema(self) -> pa.Schema:
-        """Columns of the documents that are written."""
-        return pa.schema([*self.schema, *(column for step in self.steps for column in step.stage.adds)])
+        """Columns of the documents that are written; one that a step adds takes the place of one of that name."""
+        added = {column.name: column for step in self.steps for column in step.stage.adds}
+        return pa.schema([*(column for column in self.schema if column.name not in added), *added.values()])
 
 
 def part_name(number: int) -> str:
@@ -222,6 +224,7 @@ def run_part(job: Job, digest: str, part: Part) -> dict[str, Any]:
     counted = dict.fromkeys(("rows", "documents", "bytes", "empty", "malformed", "kept_documents", "kept_bytes"), 0)
     broken: list[str] = []
     arrays: dict[str, list[np.ndarray]] = {}
+    ids = IdCounter()
     out_schema = job.out_schema()
     made = [f"{name}.{job.format}"] if job.writes else []
     with ExitStack() as files:
@@ -233,6 +236,7 @@ def run_part(job: Job, digest: str, part: Part) -> dict[str, Any]:
             counted["malformed"] += len(documents.rejected)
             counted["documents"] += documents.batch.num_rows
             counted["bytes"] += text_bytes(documents.batch)
+            ids.add(documents.batch.column("id"))
             batch = run_steps(conform(documents.batch, job.schema), steps, part.source, tallies)
             rejects.take(documents.rejected, tallies)
             counted["kept_documents"] += batch.num_rows
@@ -247,7 +251,7 @@ def run_part(job: Job, digest: str, part: Part) -> dict[str, Any]:
     if job.product is not None:
         made += save_arrays(job.folder, job.product.name, name, arrays)
     state = {"number": part.number, "source": part.source, "key": part.key, "digest": digest, **counted}
-    state |= {"broken": broken, "flow": [[tally.documents_in, tally.documents_out] for tally in tallies]}
+    state |= {"broken": broken, "ids": ids.found(), "flow": [[tally.documents_in, tally.documents_out] for tally in tallies]}
     state["files"] = {file: found.size for file in made if (found := stat(job.folder.path(file)))}
     whole = {**state, "tallies": [tally.to_json() for tally in tallies]}
     job.folder.child(STATE).write(f"{name}.json", orjson.dumps(whole), durable=False)

@@ -31,6 +31,7 @@ from prep.dedup.settings import DedupSettings
 from prep.executors import Executor
 from prep.part_writer import Format
 from prep.parts import Files, Job, Part, cut_parts, written_parts
+from prep.repeated_ids import count_repeated
 from prep.report import render
 from prep.stage_folder import Limits, check_removed, merge_tallies, open_for_writing, run_pass
 from prep.stages import Step, Tally
@@ -201,6 +202,7 @@ def make_report(
         "workers": workers,
         "sources": _source_report(first, last),
         "broken": [problem for state in first for problem in state["broken"]],
+        "repeated_ids": count_repeated(state["ids"] for state in first),
         "stages": stages,
         "dedup": dedup,
         "decontamination": decontamination or None,

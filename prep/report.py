@@ -114,6 +114,8 @@ def _waterfall(stage: str, left: int, rules: list[tuple[str, int, int | None]]) 
 def find_warnings(report: Mapping[str, Any]) -> list[str]:
     """What a reader must not miss: broken files, bad rows, filters that removed nearly all, nothing left."""
     lines = [f"broken: {message}" for message in report["broken"]]
+    if repeated := describe_repeated(report.get("repeated_ids")):
+        lines.append(repeated)
     for source in report["sources"]:
         if source["malformed"]:
             lines.append(
@@ -133,6 +135,22 @@ def find_warnings(report: Mapping[str, Any]) -> list[str]:
                 "look at its rejects before you trust it"
             )
     return lines
+
+
+def describe_repeated(repeated: Mapping[str, Any] | None) -> str | None:
+    """A line about ids that come more than once (see `prep.repeated_ids.count_repeated`), if there are any."""
+    numbers = []
+    if repeated and repeated["within"]:
+        numbers.append(f"{repeated['within']:,} within one part of the input")
+    if repeated and repeated["across"]:
+        number = f"{repeated['across']:,}" if repeated["exact"] else f"about {amount(repeated['across'])}"
+        numbers.append(f"{number} in several parts")
+    if not numbers:
+        return None
+    return (
+        f"ids that come more than once: {', '.join(numbers)}; what was removed is named by id (choose another column "
+        "with --id-column, or id_column of a source)"
+    )
 
 
 def _cluster_bars(clusters: Mapping[str, int]) -> list[dict[str, Any]]:
