@@ -251,7 +251,8 @@ def run_part(job: Job, digest: str, part: Part) -> dict[str, Any]:
     if job.product is not None:
         made += save_arrays(job.folder, job.product.name, name, arrays)
     state = {"number": part.number, "source": part.source, "key": part.key, "digest": digest, **counted}
-    state |= {"broken": broken, "ids": ids.found(), "flow": [[tally.documents_in, tally.documents_out] for tally in tallies]}
+    state |= {"broken": broken, "flow": [[tally.documents_in, tally.documents_out] for tally in tallies]}
+    state["ids"] = ids.found()
     state["files"] = {file: found.size for file in made if (found := stat(job.folder.path(file)))}
     whole = {**state, "tallies": [tally.to_json() for tally in tallies]}
     job.folder.child(STATE).write(f"{name}.json", orjson.dumps(whole), durable=False)
