@@ -17,6 +17,7 @@ from prep.cli_options import (
     KeptColumns,
     MaxBadRows,
     MaxRemoved,
+    OptionalInputs,
     Out,
     OutputFormat,
     Source,
@@ -129,16 +130,20 @@ def filter_documents(
 
 
 def dedup(
-    inputs: Inputs,
+    inputs: OptionalInputs = None,
     out: Annotated[str | None, typer.Option("--out", "-o", help="Folder or s3:// address for the result.")] = None,
     method: Annotated[
         str, typer.Option(help="minhash (exact copies, then near-duplicates), exact, paragraph, line.")
     ] = "minhash",
-    threshold: Annotated[float, typer.Option(help="Lowest Jaccard similarity of near-duplicates.")] = 0.8,
-    bands: Annotated[int, typer.Option(help="Bands of the LSH.")] = 18,
-    rows: Annotated[int, typer.Option(help="Signature values in a band.")] = 7,
-    seed: Annotated[int, typer.Option(help="Of the permutations.")] = 1,
-    keep: Annotated[str, typer.Option(help="Which of several stays: first, longest, highest:COLUMN.")] = "first",
+    threshold: Annotated[
+        float | None, typer.Option(help="Lowest Jaccard similarity of near-duplicates.  [default: 0.8]")
+    ] = None,
+    bands: Annotated[int | None, typer.Option(help="Bands of the LSH.  [default: 18]")] = None,
+    rows: Annotated[int | None, typer.Option(help="Signature values in a band.  [default: 7]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the permutations.  [default: 1]")] = None,
+    keep: Annotated[
+        str | None, typer.Option(help="Which of several stays: first, longest, highest:COLUMN.  [default: first]")
+    ] = None,
     reference: Annotated[
         list[str] | None,
         typer.Option(help="Documents that none may repeat (files, folders); they are not written themselves."),
@@ -150,7 +155,8 @@ def dedup(
         float | None, typer.Option(help="For paragraph and line: a document that loses more than this share goes.")
     ] = None,
     explain: Annotated[
-        bool, typer.Option("--explain", help="Only print the collision curve of the bands, memory and disk needed.")
+        bool,
+        typer.Option("--explain", help="Only print the bands' curve, memory and disk needed; INPUT may be left out."),
     ] = False,
     max_removed: MaxRemoved = 0.5,
     text_column: TextColumn = "text",
@@ -173,7 +179,7 @@ def dedup(
 
         minigpt-prep dedup crawl/ --column score --keep highest:score --out data/unique
 
-        minigpt-prep dedup --explain --bands 14 --rows 8 crawl/
+        minigpt-prep dedup crawl/ --explain --bands 14 --rows 8
 
     A document goes only if its exact Jaccard similarity (of word 5-grams) to a document that stays reaches the
     threshold. `OUT/duplicates.parquet` names the keeper and the similarity for each; `rejected/` holds the text.
@@ -185,24 +191,23 @@ def dedup(
         "rows": rows,
         "seed": seed,
         "keep": keep,
+        "min_characters": min_characters,
+        "max_cut": max_cut,
         "max_removed": max_removed,
-        "reference": reference or [],
-        **{
-            name: value
-            for name, value in (("min_characters", min_characters), ("max_cut", max_cut))
-            if value is not None
-        },
+        "reference": reference,
     }
-    if explain:
-        from prep.dedup.explain import explain as explain_bands
-        from prep.executors import count_cores
-
-        print(explain_bands(threshold=threshold, bands=bands, rows=rows, workers=workers or count_cores()))
-        return
-    kept = [*(column or []), *([keep.partition(":")[2]] if keep.startswith("highest:") else [])]
+    settings = {name: value for name, value in settings.items() if value is not None}  # others are not for each method
+    kept = [*(column or []), *([keep.partition(":")[2]] if keep and keep.startswith("highest:") else [])]
     reading = Reading(text_column, id_column, tuple(dict.fromkeys(kept)), source, max_bad_rows, keep_going)
     make_steps = partial(_build_steps, "dedup", settings, reading)
-    _run("dedup", inputs, reading, make_steps, _required(out), format, workers, executor)
+    if explain:
+        from prep.dry_run import explain_dedup
+
+        print(explain_dedup([reading.open(inputs, None)] if inputs else [], make_steps()[0], workers))
+    elif not inputs:
+        raise UserError("INPUT…: name what is to be deduplicated: files, folders or addresses")
+    else:
+        _run("dedup", inputs, reading, make_steps, _required(out), format, workers, executor)
 
 
 def decontaminate(

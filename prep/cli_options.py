@@ -7,17 +7,16 @@ from typing import Annotated
 
 import typer
 
-Inputs = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="INPUT…",
-        help="Files, globs ('data/*.jsonl.zst'), folders (searched recursively) and addresses (s3://bucket/x, gs://, "
-        "hf://datasets/owner/name/…): JSON Lines (.jsonl .ndjson .json) and CSV (.csv .tsv), plain or .gz or .zst, "
-        "Parquet, text files (.txt .md .py …; one file is one document), folders of Hugging Face's save_to_disk, and "
-        "folders that another stage has written. What else a folder holds is left out and counted.",
-        show_default=False,
-    ),
-]
+_INPUTS = typer.Argument(
+    metavar="INPUT…",
+    help="Files, globs ('data/*.jsonl.zst'), folders (searched recursively) and addresses (s3://bucket/x, gs://, "
+    "hf://datasets/owner/name/…): JSON Lines (.jsonl .ndjson .json) and CSV (.csv .tsv), plain or .gz or .zst, "
+    "Parquet, text files (.txt .md .py …; one file is one document), folders of Hugging Face's save_to_disk, and "
+    "folders that another stage has written. What else a folder holds is left out and counted.",
+    show_default=False,
+)
+Inputs = Annotated[list[str], _INPUTS]
+OptionalInputs = Annotated[list[str] | None, _INPUTS]
 Out = Annotated[str, typer.Option("--out", "-o", help="Folder or s3:// address for the result; killed? run it again.")]
 TextColumn = Annotated[str, typer.Option(help="Column or key that holds the text.")]
 IdColumn = Annotated[

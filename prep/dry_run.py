@@ -1,17 +1,25 @@
-"""What stages would do, from a sample: nothing is written."""
+"""What stages would do, and what a deduplication would need, from a sample: nothing is written."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+import pyarrow as pa
+
+from prep.dedup.explain import explain
+from prep.dedup.passes import UnitHashes
+from prep.dedup.settings import DedupSettings
 from prep.documents import BrokenInput, Input
+from prep.executors import count_cores
 from prep.parts import Files, conform
 from prep.pipeline import DedupStep, GuardedStep, stage_report, union_schema
 from prep.sources import read_blocks
-from prep.stages import Step, Tally, run_steps, text_bytes
+from prep.stages import NOTHING_ADDED, Step, Tally, run_steps, text_bytes
 
+SAMPLE = 1_000  # documents of each source from which the size of the whole is estimated
 FILES = 8  # of each source, evenly spread; the sample is taken from their beginnings
 
 
@@ -55,6 +63,50 @@ def dry_run(
         "tokens": None,
     }
     return report, projection
+
+
+def explain_dedup(groups: Sequence[Files], step: Step | GuardedStep | DedupStep, workers: int) -> str:
+    """What a deduplication of these inputs (or of any, if there are none) finds and needs.
+
+    Args:
+        groups: the inputs.
+        step: the deduplication; documents of its reference count too.
+        workers: processes; 0: one per core.
+    """
+    assert isinstance(step, DedupStep)
+    settings, documents, units = step.settings, 0.0, 0.0
+    for files in (*groups, *step.reference) if groups else ():
+        counting = [Step(_CountUnits(settings))] if settings.level else []
+        report, projection = dry_run([files], counting, SAMPLE)
+        sampled = sum(source["kept_documents"] for source in report["sources"])
+        documents += projection["documents"]
+        for stage in report["stages"]:
+            units += stage["counts"].get("units", 0) * projection["documents"] / max(sampled, 1)
+    number = units if settings.level else documents
+    return explain(settings, number=_about(number) if groups else None, workers=workers or count_cores())
+
+
+@dataclass(frozen=True)
+class _CountUnits:
+    """Stage that counts the paragraphs or lines that a deduplication looks at."""
+
+    settings: DedupSettings
+    name: str = "units"
+    adds: pa.Schema = NOTHING_ADDED
+
+    def describe(self) -> dict[str, Any]:
+        """Options."""
+        return self.settings.describe()
+
+    def __call__(self, batch: pa.RecordBatch, tally: Tally) -> pa.RecordBatch:
+        """All documents."""
+        tally.count("units", len(UnitHashes(self.settings)(batch)["hashes"]))
+        return batch
+
+
+def _about(number: float) -> int:
+    """In three digits: an estimate is not known better."""
+    return int(float(f"{number:.3g}"))
 
 
 def _sample(

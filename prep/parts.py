@@ -15,20 +15,20 @@ A part whose state names the same input and the same steps is done, and is not d
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import orjson
 import pyarrow as pa
 import xxhash
 
+from prep.arrays import save_array
 from prep.characters import UNICODE_VERSION
 from prep.documents import BLOCK_BYTES, START, Block, BrokenInput, Columns, Documents, Input, Position, Rejected
 from prep.part_writer import Format, PartWriter, read_part
@@ -56,6 +56,18 @@ class Part:
     consumed: int
 
 
+class PlacedStage(Stage, Protocol):
+    """A stage of one part that knows its documents by their place in it."""
+
+    def finish(self) -> None:
+        """Called behind the last batch of the part.
+
+        Raises:
+            UserError: the part did not hold what it should.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Job:
     """What a pass does with each part; picklable.
@@ -77,7 +89,7 @@ class Job:
     product: Product | None = None
     writes: bool = True
     format: Format = "parquet"
-    removal: Callable[[int], Stage] | None = None
+    removal: Callable[[int], PlacedStage] | None = None
     removal_digest: str | None = None
 
     def describe(self) -> dict[str, Any]:
@@ -219,7 +231,8 @@ def _gather(blocks: Iterable[Block], size: int) -> Iterator[list[Block]]:
 def run_part(job: Job, digest: str, part: Part) -> dict[str, Any]:
     """Work through a part and publish what comes out; gives its state."""
     name = part_name(part.number)
-    steps = ((Step(job.removal(part.number)),) if job.removal else ()) + job.steps
+    removal = job.removal(part.number) if job.removal else None
+    steps = ((Step(removal),) if removal else ()) + job.steps
     tallies = [Tally(step.stage.name) for step in steps]
     counted = dict.fromkeys(("rows", "documents", "bytes", "empty", "malformed", "kept_documents", "kept_bytes"), 0)
     broken: list[str] = []
@@ -246,6 +259,8 @@ def run_part(job: Job, digest: str, part: Part) -> dict[str, Any]:
                     arrays.setdefault(key, []).append(array)
             if writer is not None:
                 writer.write(conform(batch, out_schema))
+        if removal is not None:
+            removal.finish()
     if rejects.any:
         made.append(f"{REJECTED}/{name}.{job.format}")
     if job.product is not None:
@@ -290,9 +305,7 @@ def save_arrays(folder: Folder, product: str, name: str, arrays: dict[str, list[
     made = []
     for key, found in arrays.items():
         made.append(f"{product}/{name}.{key}.npy")
-        content = io.BytesIO()
-        np.save(content, np.concatenate(found, axis=-1))
-        folder.child(product).write(f"{name}.{key}.npy", content.getvalue(), durable=False)
+        save_array(folder.child(product), f"{name}.{key}.npy", np.concatenate(found, axis=-1), durable=False)
     return made
 
 

@@ -26,6 +26,7 @@ import xxhash
 
 from prep.characters import UNICODE_VERSION
 from prep.decontaminate import DecontaminateStage
+from prep.dedup.decide import AUDIT
 from prep.dedup.removal import FirstPass, Removal, find_removal, product
 from prep.dedup.settings import DedupSettings
 from prep.executors import Executor
@@ -127,7 +128,7 @@ def run(work: Work, executor: Executor, say: Callable[[str], None] = print) -> R
             )
             title = "reading" if dedup and not job.writes else " + ".join(_titles(removal is not None, steps))
             before = groups[number - 1][1] if number else None
-            check = partial(_check_guards, guarded, before.settings if before else None, job.folder)
+            check = partial(_check_guards, guarded, before.settings if before else None, removal, job.folder)
             done = run_pass(
                 title, job, parts, executor, total=total, made_from=made_from, limits=work.limits, check=check, say=say
             )
@@ -145,6 +146,8 @@ def run(work: Work, executor: Executor, say: Callable[[str], None] = print) -> R
             return Result(report, passes[-1].states, up_to_date=True)
         report = make_report(work, passes, removals, groups, seconds, executor.workers)
         report["made_from"] = done.made_from
+        for name in set(work.out.names(AUDIT.replace(".", "*."))) - {removal.report["audit"] for removal in removals}:
+            work.out.remove(name)  # of another deduplication, which an earlier run had
         write_report(work.out, report)
     return Result(report, passes[-1].states)
 
@@ -178,13 +181,12 @@ def make_report(
     """The report of all passes, ready for JSON (schema: `prep.report`)."""
     stages: list[dict[str, Any]] = []
     decontamination: list[dict[str, Any]] = []
-    dedup: dict[str, Any] | None = None
+    dedups: list[dict[str, Any]] = []
     for number, (one, (steps, _)) in enumerate(zip(passes, groups, strict=True)):
         tallies = merge_tallies(one.job.folder, len(one.states))
         if one.job.removal is not None:
-            dedup = dict(removals[number - 1].report)
             removed = tallies[0].documents_in - tallies[0].documents_out
-            dedup["removed"] = removed if dedup["removed"] is None else dedup["removed"]
+            dedups.append({**removals[number - 1].report, "removed": removed})
             stages.append(stage_report(tallies.pop(0)))
         for item, tally in zip(steps, tallies, strict=True):
             stages.append(stage_report(tally))
@@ -204,7 +206,7 @@ def make_report(
         "broken": [problem for state in first for problem in state["broken"]],
         "repeated_ids": count_repeated(state["ids"] for state in first),
         "stages": stages,
-        "dedup": dedup,
+        "dedup": dedups or None,
         "decontamination": decontamination or None,
         "tokens": None,
     }
@@ -215,13 +217,17 @@ def stage_report(tally: Tally) -> dict[str, Any]:
     histograms = [
         {"name": name, **vars(histogram), "edges": histogram.edges()} for name, histogram in tally.histograms.items()
     ]
+    measured = list(tally.histograms)  # in the order of the rules; those of lines and of other stages come behind
+    rules = sorted(
+        tally.rules.items(), key=lambda item: measured.index(item[0]) if item[0] in measured else len(measured)
+    )
     return {
         "name": tally.stage,
         "documents_in": tally.documents_in,
         "bytes_in": tally.bytes_in,
         "documents_out": tally.documents_out,
         "bytes_out": tally.bytes_out,
-        "rules": [{"name": rule, "documents": n, "bytes": size} for rule, (n, size) in tally.rules.items()],
+        "rules": [{"name": rule, "documents": n, "bytes": size} for rule, (n, size) in rules],
         "counts": tally.counts,
         "histograms": histograms,
         "samples": [sample for samples in tally.samples.values() for sample in samples],
@@ -297,7 +303,7 @@ def _deduplicate(
     reference = None
     if dedup.reference:
         own = union_schema([files.schema for files in dedup.reference])
-        job = Job(folder.child(REFERENCE), own, (), product(dedup.settings), writes=False)
+        job = Job(folder.child(REFERENCE), own, (), product(dedup.settings, reference=True), writes=False)
         size, made_from = sum(files.size for files in dedup.reference), _describe_files(dedup.reference)
         cut = lambda: cut_parts(dedup.reference)  # noqa: E731
         done = run_pass(
@@ -306,14 +312,27 @@ def _deduplicate(
         reference = FirstPass(job.folder.child(before.job.product.name), done.states, cut, own)
     documents = FirstPass(folder.child(before.job.product.name), before.states, parts, schema)
     scratch = folder.child(SCRATCH)
-    return find_removal(documents, dedup.settings, scratch, work.out, executor, reference=reference, say=say)
+    return find_removal(
+        documents, dedup.settings, scratch, work.out, executor, reference=reference, audit=_audit(number), say=say
+    )
+
+
+def _audit(number: int) -> str:
+    """Name of the table of a deduplication: the first one's, the second one's …"""
+    return AUDIT if number == 0 else AUDIT.replace(".", f"-{number + 1}.")
 
 
 def _check_guards(
-    steps: Sequence[Step | GuardedStep], removal: DedupSettings | None, folder: Folder, states: Sequence[dict[str, Any]]
+    steps: Sequence[Step | GuardedStep],
+    dedup: DedupSettings | None,
+    removal: Removal | None,
+    folder: Folder,
+    states: Sequence[dict[str, Any]],
 ) -> None:
     """Check the steps of a pass; `removal` is of the deduplication that began it, whose units are only cut there."""
-    checks = [(0, removal.max_removed, "dedup")] if removal and removal.level else []
+    if removal:
+        removal.check(states)
+    checks = [(0, dedup.max_removed, "dedup")] if dedup and dedup.level else []
     for position, item in enumerate(steps, 1 if removal else 0):
         if isinstance(item, GuardedStep):
             checks.append((position, item.max_removed, item.step.stage.name))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 LINE_SECONDS = 10.0
+Item = TypeVar("Item")
 
 
 class Progress:
@@ -15,8 +17,8 @@ class Progress:
 
     Args:
         title: what is being done.
-        total: bytes of the input, as they lie on the disk.
-        done: bytes of it that an earlier run has done.
+        total: bytes of the input, as they lie on the disk, or a number of other things.
+        done: how much of it an earlier run has done.
     """
 
     def __init__(self, title: str, total: int, done: int = 0) -> None:
@@ -48,16 +50,25 @@ class Progress:
         if self._bar:
             self._bar.stop()
 
-    def update(self, done: int, text_bytes: int) -> None:
-        """Say that `done` bytes of the input are done, and that this run has worked through `text_bytes` of text."""
+    def update(self, done: int, text_bytes: int | None = None) -> None:
+        """Say that `done` of the total is done, and that this run has worked through `text_bytes` of text."""
         now = time.monotonic()
         if not self._bar and now - self.shown < LINE_SECONDS:
             return
         seconds = max(now - self.begin, 1e-9)
-        rate = f"{text_bytes / seconds / 1e6:,.0f} MB/s of text"
+        rate = "" if text_bytes is None else f"{text_bytes / seconds / 1e6:,.0f} MB/s of text"
         if self._bar:
             self._bar.update(self._task, completed=done, rate=rate)
             return
         self.shown = now
         left = seconds * (self.total - done) / max(done - self.first, 1)
-        print(f"{self.title}: {done / self.total:.0%}, {rate}, about {left:,.0f} s left", file=sys.stderr, flush=True)
+        said = [f"{done / self.total:.0%}", *([rate] if rate else []), f"about {left:,.0f} s left"]
+        print(f"{self.title}: {', '.join(said)}", file=sys.stderr, flush=True)
+
+
+def counted(title: str, items: Iterable[Item], total: int) -> Iterator[Item]:
+    """The items as they come, `total` of them, with a progress line that counts them."""
+    with Progress(title, total) as progress:
+        for number, item in enumerate(items, 1):
+            progress.update(number)
+            yield item

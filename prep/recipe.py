@@ -191,7 +191,7 @@ def build_steps(
         raise UserError(f"{where}: expected settings (key: value), found {settings!r}")
     if kind == "dedup":
         section = validate(DedupSection, settings, where)
-        options = section.model_dump(exclude={"reference"})
+        options = section.model_dump(exclude={"reference"}, exclude_unset=True)
         reference = tuple([open_files(section.reference, columns._replace(keep=()))] if section.reference else [])
         return [DedupStep(DedupSettings(**options), reference)]
     if kind == "tokenize":

@@ -171,6 +171,15 @@ def _cluster_bars(clusters: Mapping[str, int]) -> list[dict[str, Any]]:
     return result
 
 
+def _dedup_pictures(dedup: Mapping[str, Any]) -> dict[str, Any]:
+    """A deduplication and its pictures: bars of clusters by size, a histogram of similarities."""
+    similarity = None
+    if dedup.get("similarity"):
+        bins = {"unit": "score", "low": None, "high": dedup["threshold"], **dedup["similarity"]}
+        similarity = histogram_picture(bins, names=("", "threshold"))
+    return {"dedup": dedup, "clusters": _cluster_bars(dedup.get("clusters") or {}), "similarity": similarity}
+
+
 def _pictures(stage: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
         {"name": histogram["name"], "picture": picture}
@@ -187,18 +196,11 @@ def render(report: Mapping[str, Any]) -> str:
             written out.
     """
     rows = funnel(report)
-    dedup = report["dedup"]
-    similarity = None
-    if dedup and dedup.get("similarity"):
-        bins = {"unit": "score", "low": None, "high": dedup["threshold"], **dedup["similarity"]}
-        similarity = histogram_picture(bins, names=("", "threshold"))
-    samples: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for stage in report["stages"]:
+    samples: dict[tuple[int, str], list[Mapping[str, Any]]] = {}  # two stages may have one name
+    for place, stage in enumerate(report["stages"]):
         for sample in stage["samples"]:
-            samples.setdefault((stage["name"], sample["rule"]), []).append(sample)
-    removed = {
-        (stage["name"], rule["name"]): rule["documents"] for stage in report["stages"] for rule in stage["rules"]
-    }
+            samples.setdefault((place, sample["rule"]), []).append(sample)
+    removed = [{rule["name"]: rule["documents"] for rule in stage["rules"]} for stage in report["stages"]]
     seconds = report["seconds"] or 0.0
     values = {
         "report": report,
@@ -212,12 +214,16 @@ def render(report: Mapping[str, Any]) -> str:
         "warnings": find_warnings(report),
         "pictures": [(stage["name"], found) for stage in report["stages"] if (found := _pictures(stage))],
         "samples": [
-            {"stage": stage, "rule": rule, "samples": found, "removed": removed.get((stage, rule))}
-            for (stage, rule), found in samples.items()
+            {
+                "stage": report["stages"][place]["name"],
+                "rule": rule,
+                "samples": found,
+                "removed": removed[place].get(rule),
+            }
+            for (place, rule), found in samples.items()
         ],
         "counts": [(stage["name"], stage["counts"]) for stage in report["stages"] if stage["counts"]],
-        "clusters": _cluster_bars(dedup.get("clusters") or {}) if dedup else [],
-        "similarity": similarity,
+        "dedups": [_dedup_pictures(dedup) for dedup in report["dedup"] or []],
         "config": json.dumps(report["config"], indent=2, ensure_ascii=False, default=str),
         "box": {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM},
         "percent": percent,

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from prep.characters import SPACE, WORD, classes, lower
 from prep.dedup import clusters, exact, minhash, paragraphs
 from prep.dedup.explain import collision, explain, need
+from prep.dedup.settings import DedupSettings
 from prep.words import MIX_1, MIX_2, hash_word, split_words
 
 # Random Unicode, with much of what decides: white space of all kinds, letters whose lower case has another length.
@@ -245,8 +246,10 @@ def corpora(draw: st.DrawFn) -> tuple[list[set[int]], list[str], list[list[int]]
     texts = [str(sorted(values)) for values in sets]
     for document in range(number):  # exact copies have the same keys, as they have the same shingles
         keys[document] = keys[texts.index(texts[document])]
-    best = draw(st.none() | st.lists(st.sampled_from([1.0, 2.0, float("nan")]), min_size=number, max_size=number))
-    return sets, texts, keys, draw(st.integers(0, number)), best, draw(st.sampled_from([0.3, 0.5, 0.8, 1.0]))
+    reference = draw(st.integers(0, number))
+    ranked = number - reference
+    best = draw(st.none() | st.lists(st.sampled_from([1.0, 2.0, float("nan")]), min_size=ranked, max_size=ranked))
+    return sets, texts, keys, reference, best, draw(st.sampled_from([0.3, 0.5, 0.8, 1.0]))
 
 
 @given(corpora())
@@ -256,11 +259,11 @@ def test_decisions_are_those_of_the_oracle(
 ) -> None:
     sets, texts, keys, reference, best, threshold = corpus
     number = len(sets)
-    values = best or [0.0] * number
+    values = [0.0] * reference + (best or [0.0] * (number - reference))
     order = sorted(
         range(number), key=lambda d: (d >= reference, -np.nan_to_num(values[d], nan=-9) * (d >= reference), d)
     )
-    ranks = clusters.make_ranks(number, best=np.array(values) if best else None, reference=reference)
+    ranks = clusters.make_ranks(number, best=np.array(best) if best else None, reference=reference)
     assert ranks[order].tolist() == list(range(number))
     bands = np.array(keys, np.uint64).reshape(number, len(keys[0]) if keys else 1).T
     found = decide(sets, texts, bands, ranks, reference, threshold)
@@ -336,7 +339,9 @@ def test_units_and_cuts_are_those_of_the_reference(texts: list[str], level: para
     repeats = paragraphs.find_repeats(hashes, np.arange(len(hashes)))
     repeated = np.zeros(len(hashes), bool)
     repeated[repeats] = True
-    cut = paragraphs.cut_units(column, level, repeated, least)
+    gone = units.characters >= least
+    gone[gone] = repeated
+    cut = paragraphs.cut_units(column, units, gone)
     seen: set[str] = set()
     for document, found in enumerate(expected):
         left, gone = [], []
@@ -355,7 +360,9 @@ def test_a_cut_takes_the_white_space_behind_it() -> None:
     hashes = paragraphs.unit_hashes(texts, "paragraph", 4)
     repeated = np.zeros(len(hashes), bool)
     repeated[paragraphs.find_repeats(hashes, np.arange(len(hashes)))] = True
-    cut = paragraphs.cut_units(texts, "paragraph", repeated, 4)
+    units = paragraphs.split_units(texts, "paragraph")
+    assert (units.characters >= 4).all()
+    cut = paragraphs.cut_units(texts, units, repeated)
     assert cut.texts.to_pylist() == ["Head\n\n  one two\nthree\n\n\nlast\n", "\tnext", ""]
     assert cut.units.tolist() == [0, 2, 1]
     assert cut.share.tolist() == [0.0, 17 / 21, 1.0]
@@ -377,8 +384,12 @@ def test_explain_shows_the_curve_and_the_need() -> None:
     assert collision(0.8, 18, 7) == pytest.approx(0.986, abs=5e-4)  # DESIGN's figures
     assert collision(0.5, 18, 7) == pytest.approx(0.13, abs=5e-3)
     assert collision(0.8, 9, 13) == pytest.approx(0.399, abs=5e-4)  # what datasketch picks for 0.8 and 128 hashes
-    text = explain(threshold=0.8, documents=10_000_000, workers=2)
+    text = explain(DedupSettings(), number=10_000_000, workers=2)
     assert "18 bands x 7 rows" in text
     assert "0.9855" in text
-    assert "10,000,000" in text
+    assert "about 10,000,000" in text
+    for method in ("exact", "line"):
+        text = explain(DedupSettings(method=method))
+        assert "bands" not in text
+        assert ("100,000,000" in text, "lines" in text) == (True, method == "line")
     assert need(10_000_000, workers=2).memory <= 4e9

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from prep.arrays import array_length, load_array, read_row, save_array
 from prep.dedup import decide, removal, repeats
-from prep.dedup.arrays import array_length, load_array, read_row, save_array
 from prep.dedup.passes import Signatures
 from prep.dedup.settings import DedupSettings
 from prep.documents import START, Block, Documents
@@ -312,7 +312,6 @@ def test_arrays_are_read_by_row_and_length(tmp_path: Path) -> None:
             save_array(folder, f"{name}.npy", np.asarray(array, order=order))
             assert array_length(folder, f"{name}.npy") == array.shape[1]
             assert [read_row(folder, f"{name}.npy", row).tolist() for row in range(3)] == array.tolist()
-    assert array_length(folder, "none.npy") == 0
     with pytest.raises(UserError, match=r"none.npy: missing"):
         load_array(folder, "none.npy")
 
@@ -348,7 +347,7 @@ def test_a_keeper_column_must_be_there_and_hold_numbers() -> None:
 
 @pytest.mark.parametrize("method", ["exact", "minhash", "paragraph", "line"])
 def test_parts_without_documents_do_no_harm(tmp_path: Path, method: str) -> None:
-    settings = DedupSettings(method=method, keep="longest")
+    settings = DedupSettings(method=method, **({} if method in ("paragraph", "line") else {"keep": "longest"}))
     product = removal.product(settings)
     for empty in (batch_of([]), batch_of(make_rows(3)).slice(3), batch_of(make_rows(3)).filter(pa.array([False] * 3))):
         assert all(array.shape[-1] == 0 for array in product(empty).values())

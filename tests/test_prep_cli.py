@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -369,9 +370,34 @@ def test_the_second_run_says_so_and_writes_nothing(prep_cli, tmp_path):
         assert times(out) == before
 
 
-def test_explain_needs_no_input_to_be_read(prep_cli):
-    out, _ = prep_cli("dedup", "--explain", "--bands", 14, "--rows", 8, "anything")
-    assert "0.8" in out
+def test_explain_tells_the_need_without_an_input_and_with_one(prep_cli, tmp_path):
+    out, _ = prep_cli("dedup", "--explain", "--bands", 14, "--rows", 8)
+    assert "14 bands x 8 rows" in out
+    assert "100,000,000" in out
+    write_rows(
+        tmp_path / "a.jsonl", [{"text": f"line {n} that is long enough to be looked at\nshort"} for n in range(5000)]
+    )
+    write_rows(tmp_path / "b.jsonl", documents(2, 20))
+    for options, low, high in (
+        (["a.jsonl"], 4900, 5100),
+        (["a.jsonl", "--method", "line"], 4900, 5100),
+        (["a.jsonl", "b.jsonl", "--method", "exact", "--reference", "a.jsonl"], 9800, 10_200),
+    ):
+        out, _ = prep_cli("dedup", "--explain", *options)
+        assert low <= int(re.search(r"about ([\d,]+) ", out)[1].replace(",", "")) <= high, out
+        assert ("14 bands" in out, "bands" in out) == (False, len(options) == 1)
+    for options, message in (
+        (["--threshold", 7], "less than or equal to 1"),
+        (["--method", "line", "--bands", 3], "method line does not look at bands, which is for minhash"),
+        (["--method", "lines"], "did you mean 'line'"),
+        (["gone.jsonl"], "gone.jsonl: no such file"),
+    ):
+        _, said = prep_cli("dedup", "--explain", *options, ok=False)
+        assert message in said
+    _, said = prep_cli("dedup", "--out", "out", ok=False)
+    assert "INPUT" in said
+    _, said = prep_cli("dedup", "a.jsonl", "--out", "out", "--max-cut", 0.5, ok=False)
+    assert "method minhash does not look at max_cut, which is for paragraph and line" in said
 
 
 HELP = """

@@ -120,18 +120,20 @@ def full_report() -> dict[str, Any]:
         ],
         "broken": ["data/web/CC-MAIN-2019-35.jsonl.gz: ends in the middle (row 48,213 is the last)"],
         "stages": [first, second, third, dedup],
-        "dedup": {
-            "method": "minhash",
-            "threshold": 0.8,
-            "bands": 18,
-            "rows": 7,
-            "documents": left[0],
-            "removed": 151_333,
-            "candidates": 402_118,
-            "verified": 171_002,
-            "clusters": clusters,
-            "similarity": {"edges": edges, "counts": counts},
-        },
+        "dedup": [
+            {
+                "method": "minhash",
+                "threshold": 0.8,
+                "bands": 18,
+                "rows": 7,
+                "documents": left[0],
+                "removed": 151_333,
+                "candidates": 402_118,
+                "verified": 171_002,
+                "clusters": clusters,
+                "similarity": {"edges": edges, "counts": counts},
+            }
+        ],
         "decontamination": [
             {"benchmark": "gsm8k", "items": 1319, "items_found": 12, "documents": 31, "bytes": 120_331},
             {"benchmark": "mmlu", "items": 14_042, "items_found": 0, "documents": 0, "bytes": 0},
@@ -245,11 +247,33 @@ def test_the_page_of_nothing_is_a_page():
     assert page.seen["section"] == 6  # three cards, the funnel, its table, the configuration
     report = empty_report()
     report["stages"] = [stage("filter", (0, 0), {"filter.rule": (0, 0)}, histograms=[drawn("x", [], "count", low=1)])]
-    report["dedup"] = dict.fromkeys(full_report()["dedup"]) | {"method": "exact"}
+    report["dedup"] = [dict.fromkeys(full_report()["dedup"][0]) | {"method": "exact"}]
     report["sources"] = [source("web", 0, 0, 0, 0, 0, 0, 0)]
     page = Page(render(report))
     assert "rule" in page.text
     assert "svg" not in page.seen
+    assert "None" not in page.text
+
+
+def test_the_page_shows_each_of_two_deduplications():
+    report = full_report()
+    exact = dict.fromkeys(report["dedup"][0]) | {"method": "exact", "threshold": 1.0, "clusters": {"2": 7}}
+    lines = dict.fromkeys(report["dedup"][0]) | {"method": "line", "threshold": 0.5, "documents": 90, "removed": 3}
+    report["dedup"] = [exact, *report["dedup"], lines]
+    report["stages"].insert(0, stage("dedup", (9, 9), {"exact": (7, 7)}, samples=[sample("exact", 1.0, None)]))
+    report["stages"][-1]["samples"].append(sample("exact", 1.0, None))
+    page = Page(render(report))
+    for expected in (
+        "exact",
+        "minhash",
+        "line",
+        "3.3 %",
+        "Clusters of deduplication 1 by size",
+        "candidates of dedupl",
+    ):
+        assert expected in page.text, expected
+    assert "deduplication 3" not in page.text  # it has no clusters
+    assert page.seen["details"] == 7  # the samples of both stages apart
     assert "None" not in page.text
 
 

@@ -37,8 +37,8 @@ def make_ranks(documents: int, *, best: np.ndarray | None = None, reference: int
 
     Args:
         documents: how many there are.
-        best: float [documents]; the larger, the better, NaN last; ties, and None, go by input order.
-        reference: the first so many documents are the reference: better than all others.
+        best: float [documents - reference]; the larger, the better, NaN last; ties, and None, go by input order.
+        reference: the first so many documents are the reference: better than all others, in input order.
 
     Returns:
         uint32 [documents], a permutation.
@@ -50,7 +50,7 @@ def make_ranks(documents: int, *, best: np.ndarray | None = None, reference: int
         raise UserError(f"dedup: {documents:,} documents are too many for one run, {MAX_DOCUMENTS:,} fit")
     ranks = np.arange(documents, dtype=np.uint32)
     if best is not None:
-        order = np.argsort(-best[reference:], kind="stable")
+        order = np.argsort(-best, kind="stable")
         ranks[reference + order] = np.arange(reference, documents, dtype=np.uint32)
     return ranks
 

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from prep.dedup.arrays import load_array, part_stem, read_row, save_array
+from prep.arrays import array_length, load_array, read_row, save_array
 from prep.dedup.clusters import (
     NOBODY,
     Duplicates,
@@ -38,9 +38,11 @@ from prep.dedup.clusters import (
     settle,
 )
 from prep.dedup.exact import find_copies
-from prep.dedup.passes import DECISIONS, DIGEST_ROWS, read_ids
+from prep.dedup.passes import DECISIONS, DIGEST_ROWS, DOCUMENTS, read_ids
 from prep.dedup.settings import DedupSettings
 from prep.executors import Executor
+from prep.parts import part_name
+from prep.progress import counted
 from prep.stages import BINS
 from prep.storage import Folder
 
@@ -61,20 +63,37 @@ AUDIT_COLUMNS = pa.schema(
 
 
 class PartArrays(NamedTuple):
-    """A part of pass 1: the folder of its arrays, its number there, its source, and how many documents it left."""
+    """A part of pass 1.
+
+    Attributes:
+        folder: of its arrays.
+        number: its number there.
+        source: of its documents.
+        documents: how many it left.
+        keys: of the arrays that it made, as its state says; others in the folder are of an earlier run.
+    """
 
     folder: Folder
     number: int
     source: str
     documents: int
+    keys: frozenset[str] = frozenset()
+
+    def name(self, key: str) -> str:
+        """File of one of its arrays."""
+        return f"{part_name(self.number)}.{key}.npy"
 
     def load(self, key: str) -> np.ndarray:
         """One of its arrays."""
-        return load_array(self.folder, f"{part_stem(self.number)}.{key}.npy")
+        return load_array(self.folder, self.name(key))
 
     def load_row(self, key: str, row: int) -> np.ndarray:
         """A row of one of them."""
-        return read_row(self.folder, f"{part_stem(self.number)}.{key}.npy", row)
+        return read_row(self.folder, self.name(key), row)
+
+    def length(self, key: str) -> int:
+        """Items on the last axis of one of them; 0 if it made none."""
+        return array_length(self.folder, self.name(key)) if key in self.keys else 0
 
 
 @dataclass(frozen=True)
@@ -92,11 +111,12 @@ class Corpus:
         """How many documents the reference has."""
         return sum(part.documents for part in self.parts[: self.reference])
 
-    def load(self, key: str, dtype: type, row: int | None = None) -> np.ndarray:
-        """An array of all documents, [n], or one row of it."""
-        starts = self.starts()
+    def load(self, key: str, dtype: type, row: int | None = None, *, reference: bool = True) -> np.ndarray:
+        """An array of all documents, [n], or one row of it; without `reference`, of those to deduplicate."""
+        parts = self.parts[0 if reference else self.reference :]
+        starts = np.cumsum([0, *(part.documents for part in parts)])
         found = np.empty(starts[-1], dtype)
-        for part, (begin, end) in zip(self.parts, pairwise(starts), strict=True):
+        for part, (begin, end) in zip(parts, pairwise(starts), strict=True):
             if part.documents:
                 found[begin:end] = part.load(key) if row is None else part.load_row(key, row)
         return found
@@ -127,7 +147,7 @@ def find_exact(corpus: Corpus, settings: DedupSettings, scratch: Folder) -> tupl
         keeper among exact copies, int64 [n], itself for a document that is none and for the reference; ranks, uint32.
     """
     reference = corpus.reference_documents()
-    best = None if settings.keep == "first" else corpus.load("best", np.float64)
+    best = None if settings.keep == "first" else corpus.load("best", np.float64, reference=False)
     ranks = make_ranks(int(corpus.starts()[-1]), best=best, reference=reference)
     digests = np.empty((DIGEST_ROWS, len(ranks)), np.uint64)
     for row in range(DIGEST_ROWS):
@@ -174,7 +194,7 @@ def find_near(
         it, and how many pairs were verified.
     """
     bands = [Band(corpus, scratch, number) for number in range(settings.bands)]
-    for _ in executor.map(find_band, bands):
+    for _ in counted("dedup: bands", executor.map(find_band, bands), len(bands)):
         pass
     names = (f"band-{number:02d}.npy" for number in range(settings.bands))
     edges = merge_edges(load_array(scratch.child(EDGES), name) for name in names)
@@ -210,14 +230,19 @@ def find_duplicates(
 
 
 def write_candidates(corpus: Corpus, documents: np.ndarray, scratch: Folder) -> list[PartArrays]:
-    """Write the rows of the candidates of each part (documents sorted); the parts that hold any, with how many."""
+    """Write the rows of the candidates of each part (documents sorted), and at their end how many documents it has.
+
+    Returns:
+        The parts that hold any, with how many.
+    """
     held = []
     for position, (begin, end) in enumerate(pairwise(corpus.starts())):
         first, last = np.searchsorted(documents, [begin, end])
         if first < last:
             part = corpus.parts[position]
             folder = scratch.child(CANDIDATES if position >= corpus.reference else REFERENCE_CANDIDATES)
-            save_array(folder, f"{part_stem(part.number)}.npy", documents[first:last] - begin, durable=False)
+            rows = np.append(documents[first:last] - begin, end - begin)
+            save_array(folder, f"{part_name(part.number)}.npy", rows, durable=False)
             held.append(part._replace(documents=int(last - first)))
     return held
 
@@ -234,8 +259,11 @@ def count_removed(corpus: Corpus, keeper: np.ndarray) -> dict[str, list[int]]:
     return sources
 
 
-def write_decisions(corpus: Corpus, found: Found, scratch: Folder, out: Folder) -> None:
-    """Write `decisions/part-N.parquet` for each part that loses documents, and the audit table."""
+def write_decisions(corpus: Corpus, found: Found, scratch: Folder, out: Folder, name: str = AUDIT) -> None:
+    """Write `decisions/part-N.parquet` for each part, which are not synced, and the audit table.
+
+    Pass 2 must see as many documents in a part as its file says in the metadata, and those that go under their ids.
+    """
     keeper, similarity = found.duplicates
     starts = corpus.starts()
     gone = keeper != np.arange(len(keeper))
@@ -245,23 +273,25 @@ def write_decisions(corpus: Corpus, found: Found, scratch: Folder, out: Folder) 
     keeper_parts = np.searchsorted(starts, keepers, side="right") - 1
     sources = pa.array([part.source for part in corpus.parts], pa.string())
     keeper_sources = sources.take(pa.array(keeper_parts)) if len(keepers) else pa.array([], pa.string())
-    with out.create(AUDIT) as file, pyarrow.parquet.ParquetWriter(file, AUDIT_COLUMNS, compression="zstd") as audit:
+    with (
+        out.create(name) as file,
+        pyarrow.parquet.ParquetWriter(file, AUDIT_COLUMNS, compression="zstd") as audit,
+    ):
         for part, (begin, end) in list(zip(corpus.parts, pairwise(starts), strict=True))[corpus.reference :]:
-            folder, name = scratch.child(DECIDED), f"{part_stem(part.number)}.parquet"
             rows = np.flatnonzero(gone[begin:end])
-            if not len(rows):
-                folder.remove(name)  # an earlier run may have left one
-                continue
             documents = begin + rows
             places = pa.array(np.searchsorted(keepers, keeper[documents]))
             copied = found.copies[documents]
             near = pa.array((copied == documents) | (keeper[documents] != copied))
             method = pc.if_else(near, "minhash", "exact")
             columns = [keeper_ids.take(places), keeper_sources.take(places), pa.array(similarity[documents])]
-            decided = pa.table([pa.array(rows), method, *columns], schema=DECISIONS)
-            with folder.create(name, durable=False) as target:
+            ids = _ids_of(part).take(pa.array(rows)) if len(rows) else pa.array([], pa.string())
+            schema = DECISIONS.with_metadata({DOCUMENTS: str(part.documents)})
+            decided = pa.table([pa.array(rows), ids, method, *columns], schema=schema)
+            with scratch.child(DECIDED).create(f"{part_name(part.number)}.parquet", durable=False) as target:
                 pyarrow.parquet.write_table(decided, target, compression="zstd")
-            ids = _ids_of(part).take(pa.array(rows))
+            if not len(rows):
+                continue
             source = pa.repeat(pa.scalar(part.source), len(rows))
             cluster = pa.array(sizes[keeper[documents]], pa.int64())
             audit.write_table(pa.table([ids, source, *columns, method, cluster], schema=AUDIT_COLUMNS))

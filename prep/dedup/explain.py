@@ -15,8 +15,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from prep.dedup.minhash import BANDS, ROWS
+from prep.dedup.settings import DedupSettings
 
-NEED_DOCUMENT, NEED_BAND, NEED_UNIT, BASE = 64, 32, 32, 400 << 20
+NEED_DOCUMENT, NEED_BAND, NEED_UNIT, BASE = 64, 32, 40, 400 << 20
+PARTITION_UNITS = 1 << 24
 SIMILARITIES = [round(0.5 + 0.05 * step, 2) for step in range(11)]
 _WIDTH = 50
 
@@ -43,19 +45,44 @@ def need(documents: int, *, bands: int = BANDS, workers: int = 1) -> Need:
     return Need(memory, documents * (8 * bands + 24))
 
 
-def need_units(units: int, partition: int, workers: int = 1) -> Need:
+def need_units(units: int, partition: int = PARTITION_UNITS, workers: int = 1) -> Need:
     """What the cutting of repeated units needs, of which `partition` are worked through at a time by each worker.
 
-    Repeats are the most where all units are the same: 8 bytes each, in the process that decides.
+    Repeats are the most where all units are the same: 8 bytes each, in the process that decides. On the disk lie
+    hashes 8, repeats 8, cuts 1, and, where there are several partitions, the hashes by partition and their numbers 16.
     """
     at_once = min(units, partition) * min(workers, -(-units // partition))
-    return Need(8 * units + NEED_UNIT * at_once + BASE * (workers + 1), 17 * units)
+    return Need(8 * units + NEED_UNIT * at_once + BASE * (workers + 1), (33 if units > partition else 17) * units)
 
 
-def explain(
-    *, threshold: float, bands: int = BANDS, rows: int = ROWS, documents: int | None = None, workers: int = 1
-) -> str:
-    """The collision curve as a table with bars, and the need for `documents`, or for 1, 10 and 100 million."""
+def explain(settings: DedupSettings, *, number: int | None = None, workers: int = 1) -> str:
+    """What a deduplication needs, and for MinHash the collision curve as a table with bars.
+
+    Args:
+        settings: of the deduplication.
+        number: about how many documents there are (for repeated units: paragraphs or lines that are long enough);
+            None: show the need for several numbers.
+        workers: processes.
+    """
+    lines = _curve(settings) if settings.method == "minhash" else []
+    what = f"{settings.level}s" if settings.level else "documents"
+    lines.append(f"{what:>17}      memory        disk")
+    million = 10 if settings.level else 1
+    for count in [number] if number is not None else [million * 10**power for power in (6, 7, 8)]:
+        if settings.level:
+            wanted = need_units(count, workers=workers)
+        else:
+            wanted = need(count, bands=settings.bands if settings.method == "minhash" else 0, workers=workers)
+        text = f"{count:,}" if number is None else f"about {count:,}"
+        lines.append(f"{text:>17}  {megabytes(wanted.memory):>10}  {megabytes(wanted.disk):>10}")
+    note = f"with {workers} {'worker' if workers == 1 else 'workers'}"
+    if settings.method == "minhash":
+        note += "; on top 24 bytes of memory per pair of candidates, 16 of disk per shingle of a candidate"
+    return "\n".join([*lines, note])
+
+
+def _curve(settings: DedupSettings) -> list[str]:
+    bands, rows, threshold = settings.bands, settings.rows, settings.threshold
     lines = [
         f"{bands} bands x {rows} rows = {bands * rows} of the hashes of a signature; threshold {threshold:g}",
         "",
@@ -66,16 +93,7 @@ def explain(
         note = "verified, stays" if similarity < threshold else f"misses {1 - found:.2%}"
         bar = "█" * round(found * _WIDTH)
         lines.append(f"      {similarity:.2f}     {found:.4f}  {bar:<{_WIDTH}}  {note}")
-    lines += ["", "  documents      memory        disk"]
-    for number in [documents] if documents is not None else [10**6, 10**7, 10**8]:
-        wanted = need(number, bands=bands, workers=workers)
-        lines.append(f"{number:>11,}  {megabytes(wanted.memory):>10}  {megabytes(wanted.disk):>10}")
-    plural = "worker" if workers == 1 else "workers"
-    lines.append(
-        f"with {workers} {plural}; on top 24 bytes of memory per pair of candidates, "
-        f"8 of disk per shingle of a candidate"
-    )
-    return "\n".join(lines)
+    return [*lines, ""]
 
 
 def megabytes(size: int) -> str:

@@ -93,22 +93,18 @@ def find_repeats(hashes: np.ndarray, positions: np.ndarray) -> np.ndarray:
     return np.sort(repeats[:n])
 
 
-def cut_units(texts: pa.Array, level: Level, repeated: np.ndarray, min_characters: int = MIN_CHARACTERS) -> Cut:
-    """Cut repeated units.
+def cut_units(texts: pa.Array, units: Units, gone: np.ndarray) -> Cut:
+    """Cut units.
 
     Args:
         texts: string or large_string, n documents, no nulls.
-        level: "paragraph" or "line".
-        repeated: for each unit that is long enough, in the order of `unit_hashes`, whether it is to be cut; bool.
-        min_characters: as given to `unit_hashes`.
+        units: of these texts, by `split_units`.
+        gone: for each of them, whether it is to be cut; bool.
 
     Returns:
         What is left.
     """
     data, offsets = text_buffers(texts)
-    units = split_units(texts, level)
-    gone = np.zeros(len(units.hash), np.bool_)
-    gone[units.characters >= min_characters] = repeated
     out, ends = np.empty_like(data), np.zeros(len(offsets), np.int64)
     _cut(data, offsets, units.offsets, units.begin, units.stop, gone, out, ends)
     left = pa.LargeStringArray.from_buffers(len(texts), pa.py_buffer(ends), pa.py_buffer(out[: ends[-1]]))

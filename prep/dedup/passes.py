@@ -1,7 +1,9 @@
 """What a deduplication does to each part: arrays that the decisions are made from, and the removal itself.
 
 All are picklable and know documents by their place: the number of the part and the row in it. So the parts of the pass
-that removes must hold the same documents, in the same order, as those of the pass that made the arrays.
+that removes must hold the same documents, in the same order, as those of the pass that made the arrays. Each stage
+knows how many documents (or units) those were, and stops the run where a part has others: a file may have been written
+anew in between, or what could not be read the first time can be now.
 """
 
 from __future__ import annotations
@@ -15,11 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from prep.dedup.arrays import load_array, part_stem
+from prep.arrays import load_array
 from prep.dedup.exact import make_digests
 from prep.dedup.minhash import SHINGLE_WORDS, make_band_keys, make_shingles, make_signatures, permutations
-from prep.dedup.paragraphs import cut_units, unit_hashes
+from prep.dedup.paragraphs import cut_units, split_units, unit_hashes
 from prep.dedup.settings import VERSION, DedupSettings
+from prep.parts import part_name
 from prep.stages import NOTHING_ADDED, Tally, replace_text
 from prep.storage import Folder
 from shards.errors import UserError
@@ -27,6 +30,7 @@ from shards.errors import UserError
 STAGE = "dedup"
 END_OF_ID = 0xFF  # no byte of UTF-8
 DIGEST_ROWS = 2
+DOCUMENTS = b"documents"  # in the metadata of decisions: how many documents the part had
 SIGNATURES, UNITS, SHINGLES = "signatures", "units", "shingles"
 
 
@@ -35,16 +39,18 @@ class Signatures:
     """Product of the pass before exact or MinHash deduplication.
 
     Arrays of n documents: hashes, uint64 [2 + bands, n], the digest in rows 0 and 1, then, for MinHash, the band keys;
-    best, float64 [n], unless the first document stays; ids, uint8, the UTF-8 bytes of each and then END_OF_ID.
+    best, float64 [n], unless the first document stays or they are not `ranked` (those of a reference); ids, uint8, the
+    UTF-8 bytes of each and then END_OF_ID.
     """
 
     settings: DedupSettings
+    ranked: bool = True
     name: str = SIGNATURES
 
     def describe(self) -> dict[str, Any]:
         """All that the arrays depend on; the threshold is not among it."""
-        what = self.settings.describe()
-        what.pop("threshold", None)
+        left_out = {"threshold"} if self.ranked else {"threshold", "keep"}
+        what = {name: value for name, value in self.settings.describe().items() if name not in left_out}
         return {**what, "shingle_words": SHINGLE_WORDS}
 
     def __call__(self, batch: pa.RecordBatch) -> dict[str, np.ndarray]:
@@ -57,7 +63,7 @@ class Signatures:
             signatures = make_signatures(texts, parameters)
             keys = make_band_keys(signatures, self.settings.bands, self.settings.rows)
             found["hashes"] = np.concatenate([found["hashes"], keys])
-        if self.settings.keep != "first":
+        if self.ranked and self.settings.keep != "first":
             found["best"] = _best(batch, self.settings)
         return found
 
@@ -100,7 +106,10 @@ class Shingles:
 
 @dataclass
 class ChooseRows:
-    """Stage that lets through the documents of a part whose rows stand in `part-N.npy` of a folder, sorted."""
+    """Stage that lets through the documents of a part whose rows stand in `part-N.npy` of a folder.
+
+    The rows are sorted; behind them stands how many documents the part has.
+    """
 
     part: int
     folder: Folder
@@ -115,12 +124,21 @@ class ChooseRows:
 
     def __call__(self, batch: pa.RecordBatch, tally: Tally) -> pa.RecordBatch:
         """The chosen documents."""
-        if self._rows is None:
-            self._rows = load_array(self.folder, f"{part_stem(self.part)}.npy")
-        first, last = np.searchsorted(self._rows, [self._at, self._at + batch.num_rows])
-        chosen = self._rows[first:last] - self._at
+        rows = self._load()
         self._at += batch.num_rows
-        return batch.take(pa.array(chosen))
+        _check_place(self.part, self._at, rows[-1], "documents")
+        begin = self._at - batch.num_rows
+        first, last = np.searchsorted(rows[:-1], [begin, self._at])
+        return batch.take(pa.array(rows[first:last] - begin))
+
+    def finish(self) -> None:
+        """Called behind the last batch."""
+        _check_place(self.part, self._at, self._load()[-1], "documents", ended=True)
+
+    def _load(self) -> np.ndarray:
+        if self._rows is None:
+            self._rows = load_array(self.folder, f"{part_name(self.part)}.npy")
+        return self._rows
 
 
 @dataclass
@@ -141,16 +159,17 @@ class RemoveDuplicates:
 
     def __call__(self, batch: pa.RecordBatch, tally: Tally) -> pa.RecordBatch:
         """The documents that stay."""
-        if self._decisions is None:
-            content = self.folder.read(f"{part_stem(self.part)}.parquet")
-            self._decisions = pyarrow.parquet.read_table(io.BytesIO(content)) if content else NO_DECISIONS
-        decisions = self._decisions
-        first, last = np.searchsorted(decisions.column("row").to_numpy(), [self._at, self._at + batch.num_rows])
-        found = decisions.slice(first, last - first)
-        rows = found.column("row").to_numpy() - self._at
+        decisions, documents = self._load()
         self._at += batch.num_rows
+        _check_place(self.part, self._at, documents, "documents")
+        begin = self._at - batch.num_rows
+        first, last = np.searchsorted(decisions.column("row").to_numpy(), [begin, self._at])
+        found = decisions.slice(first, last - first)
+        rows = found.column("row").to_numpy() - begin
         if not len(rows):
             return batch
+        if found.column("id").combine_chunks() != batch.column("id").take(pa.array(rows)).cast(pa.string()):
+            raise changed(f"part {self.part} holds other documents than before")
         similarity = np.ones(batch.num_rows)
         similarity[rows] = found.column("similarity").to_numpy()
         keeper = np.full(batch.num_rows, None, object)
@@ -171,6 +190,20 @@ class RemoveDuplicates:
             )
         return batch.filter(pa.array(stays))
 
+    def finish(self) -> None:
+        """Called behind the last batch."""
+        _check_place(self.part, self._at, self._load()[1], "documents", ended=True)
+
+    def _load(self) -> tuple[pa.Table, int]:
+        """What goes, and how many documents there are."""
+        if self._decisions is None:
+            name = f"{part_name(self.part)}.parquet"
+            content = self.folder.read(name)
+            if content is None:
+                raise UserError(f"{self.folder.path(name)}: missing; {_AGAIN}")
+            self._decisions = pyarrow.parquet.read_table(io.BytesIO(content))
+        return self._decisions, int(self._decisions.schema.metadata[DOCUMENTS])
+
 
 @dataclass
 class CutRepeats:
@@ -190,33 +223,49 @@ class CutRepeats:
 
     def __call__(self, batch: pa.RecordBatch, tally: Tally) -> pa.RecordBatch:
         """The documents that stay, without their repeated units."""
-        if self._repeated is None:
-            self._repeated = load_array(self.folder, f"{part_stem(self.part)}.npy")
-        level, least, texts = self.settings.level, self.settings.min_characters, batch.column("text")
+        level, texts, repeated = self.settings.level, batch.column("text"), self._load()
         assert level is not None
-        number = len(unit_hashes(texts, level, least))
-        repeated = self._repeated[self._at : self._at + number]
-        self._at += number
-        if not repeated.any():
+        units = split_units(texts, level)
+        gone = units.characters >= self.settings.min_characters  # those that have a place among the hashes
+        begin = self._at
+        self._at += int(np.count_nonzero(gone))
+        _check_place(self.part, self._at, len(repeated), f"long {level}s")
+        gone[gone] = repeated[begin : self._at]
+        if not gone.any():
             return batch
-        cut = cut_units(texts, level, repeated, least)
+        cut = cut_units(texts, units, gone)
         tally.count(f"{level}s.cut", int(cut.units.sum()))
         empty = pc.equal(pc.binary_length(cut.texts), 0).to_numpy(zero_copy_only=False)
         dropped = (cut.share > self.settings.max_cut) | (empty & (cut.units > 0))
         tally.reject(batch, dropped, level, value=cut.share, threshold=self.settings.max_cut)
         return replace_text(batch, cut.texts).filter(pa.array(~dropped))
 
+    def finish(self) -> None:
+        """Called behind the last batch."""
+        _check_place(self.part, self._at, len(self._load()), f"long {self.settings.level}s", ended=True)
+
+    def _load(self) -> np.ndarray:
+        if self._repeated is None:
+            self._repeated = load_array(self.folder, f"{part_name(self.part)}.npy")
+        return self._repeated
+
 
 DECISIONS = pa.schema(
     [
         ("row", pa.int64()),
+        ("id", pa.string()),
         ("method", pa.string()),
         ("keeper", pa.string()),
         ("keeper_source", pa.string()),
         ("similarity", pa.float64()),
     ]
 )
-NO_DECISIONS = DECISIONS.empty_table()
+_AGAIN = "run it again, with an empty folder for the result if that does not help"
+
+
+def changed(what: str) -> UserError:
+    """The error of a pass that sees other documents than the one before."""
+    return UserError(f"dedup: the input changed while the run went on ({what}); {_AGAIN}")
 
 
 def read_ids(array: np.ndarray) -> pa.Array:
@@ -224,6 +273,12 @@ def read_ids(array: np.ndarray) -> pa.Array:
     stops = np.flatnonzero(array == END_OF_ID)
     ends = np.concatenate([[0], stops - np.arange(len(stops))]).astype(np.int64)
     return pa.LargeStringArray.from_buffers(len(stops), pa.py_buffer(ends), pa.py_buffer(array[array != END_OF_ID]))
+
+
+def _check_place(part: int, found: int, expected: int, what: str, *, ended: bool = False) -> None:
+    """Compare what a part has held so far, or in all, with what it held in the pass before."""
+    if found > expected or (ended and found < expected):
+        raise changed(f"part {part} has {found:,} {what}{'' if ended else ' or more'}, before {expected:,}")
 
 
 def _ids(ids: pa.Array) -> np.ndarray:

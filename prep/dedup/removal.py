@@ -12,7 +12,7 @@ with it, all is decided.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -36,16 +36,18 @@ from prep.dedup.decide import (
     write_decisions,
 )
 from prep.dedup.explain import megabytes, need
-from prep.dedup.passes import ChooseRows, CutRepeats, RemoveDuplicates, Shingles, Signatures, UnitHashes
-from prep.dedup.repeats import CUTS, REPEATS, find_cuts
+from prep.dedup.passes import ChooseRows, CutRepeats, RemoveDuplicates, Shingles, Signatures, UnitHashes, changed
+from prep.dedup.repeats import CUTS, GROUPS, REPEATS, find_cuts
 from prep.dedup.settings import DedupSettings
 from prep.executors import Executor
-from prep.parts import Job, Part, read_state, run_part
+from prep.parts import Job, Part, PlacedStage, part_name, read_state, run_part
+from prep.progress import Progress
 from prep.stage_folder import guard
-from prep.stages import Product, Stage
+from prep.stages import Product
 from prep.storage import Folder
 
 PLAN, DONE = "plan.json", "done.json"
+LAYOUT = 2  # raise it when the files in the scratch folder change
 SHINGLED, REFERENCE_SHINGLED = "shingled", "reference-shingled"
 
 
@@ -68,7 +70,8 @@ class FirstPass:
     def part_arrays(self) -> list[PartArrays]:
         """What each part left."""
         return [
-            PartArrays(self.arrays, state["number"], state["source"], state["kept_documents"]) for state in self.states
+            PartArrays(self.arrays, state["number"], state["source"], state["kept_documents"], _keys(state["files"]))
+            for state in self.states
         ]
 
 
@@ -78,18 +81,29 @@ class Removal:
 
     Attributes:
         stage: makes the stage that removes from the number of a part (`Job.removal`).
+        parts: how many parts the documents have, and pass 2 must have.
         digest: of all that the removal depends on; belongs into the digest of pass 2.
         report: the entry `dedup` of report.json; for repeated units it lacks what pass 2 finds out.
     """
 
-    stage: Callable[[int], Stage]
+    stage: Callable[[int], PlacedStage]
+    parts: int
     digest: str
     report: dict[str, Any]
 
+    def check(self, states: Sequence[dict[str, Any]]) -> None:
+        """Check the states of pass 2 beyond what each part can see of itself.
 
-def product(settings: DedupSettings) -> Product:
-    """What pass 1 has to compute."""
-    return UnitHashes(settings) if settings.level else Signatures(settings)
+        Raises:
+            UserError: it had other parts than pass 1.
+        """
+        if len(states) != self.parts:
+            raise changed(f"{len(states):,} parts, before {self.parts:,}")
+
+
+def product(settings: DedupSettings, *, reference: bool = False) -> Product:
+    """What pass 1 has to compute; of a reference nothing is removed, so its documents need no ranks."""
+    return UnitHashes(settings) if settings.level else Signatures(settings, ranked=not reference)
 
 
 def find_removal(
@@ -100,6 +114,7 @@ def find_removal(
     executor: Executor,
     *,
     reference: FirstPass | None = None,
+    audit: str = AUDIT,
     say: Callable[[str], None] = lambda line: None,
 ) -> Removal:
     """Decide what goes.
@@ -111,6 +126,7 @@ def find_removal(
         out: where the audit table goes.
         executor: runs tasks.
         reference: documents that none of `documents` may repeat; they are never removed.
+        audit: name of the audit table; repeated units have none.
         say: takes a line for the user: what will be needed.
 
     Returns:
@@ -123,16 +139,21 @@ def find_removal(
     digest = _plan(documents, settings, reference)
     _open_scratch(scratch, digest)
     if settings.level:
-        remove: Callable[[int], Stage] = partial(CutRepeats, folder=scratch.child(CUTS), settings=settings)
+        folder, suffix = scratch.child(CUTS), "npy"
+        remove: Callable[[int], PlacedStage] = partial(CutRepeats, folder=folder, settings=settings)
     else:
-        remove = partial(RemoveDuplicates, folder=scratch.child(DECIDED), threshold=settings.threshold)
+        folder, suffix = scratch.child(DECIDED), "parquet"
+        remove = partial(RemoveDuplicates, folder=folder, threshold=settings.threshold)
+    wanted = [f"{part_name(state['number'])}.{suffix}" for state in documents.states]
     content = scratch.read(DONE)
-    if content is None or not (settings.level or out.exists(AUDIT)):
-        content = orjson.dumps(_decide(documents, settings, scratch, out, executor, reference, digest, say))
+    if content is None or set(wanted) - set(folder.names()) or not (settings.level or out.exists(audit)):
+        made = _decide(documents, settings, scratch, out, executor, reference, audit, digest, say)
+        folder.sync(wanted)
+        content = orjson.dumps(made)
         scratch.write(DONE, content)
     done = orjson.loads(content)
-    guard(done["sources"], settings.max_removed, "dedup", out.path(AUDIT))
-    return Removal(remove, digest, done["report"])
+    guard(done["sources"], settings.max_removed, "dedup", out.path(audit))
+    return Removal(remove, len(documents.states), digest, done["report"])
 
 
 def _decide(
@@ -142,16 +163,16 @@ def _decide(
     out: Folder,
     executor: Executor,
     reference: FirstPass | None,
+    audit: str,
     digest: str,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Make the decisions; gives the report, and what each source loses as far as that is known."""
-    if settings.level:
-        numbers = [state["number"] for state in documents.states]
-        repeats = find_cuts(documents.arrays, numbers, scratch, executor, say)
-        return {"report": _units_report(documents, settings, repeats), "sources": {}}
     parts = documents.part_arrays()
     before = reference.part_arrays() if reference else []
+    if settings.level:
+        repeats = find_cuts([*before, *parts], len(before), scratch, executor, say)
+        return {"report": _units_report(documents, settings, repeats), "sources": {}}
     corpus = Corpus((*before, *parts), reference=len(before))
     total = int(corpus.starts()[-1])
     wanted = need(total, bands=settings.bands if settings.method == "minhash" else 0, workers=executor.workers)
@@ -170,9 +191,9 @@ def _decide(
         return made
 
     found = find_duplicates(corpus, settings, scratch, executor, shingle)
-    write_decisions(corpus, found, scratch, out)
+    write_decisions(corpus, found, scratch, out, audit)
     sources = count_removed(corpus, found.duplicates.keeper)
-    return {"report": summarise(corpus, found, settings), "sources": sources}
+    return {"report": {**summarise(corpus, found, settings), "audit": audit}, "sources": sources}
 
 
 def clear_scratch(scratch: Folder) -> None:
@@ -180,7 +201,7 @@ def clear_scratch(scratch: Folder) -> None:
     scratch.remove(PLAN)
     scratch.remove(DONE)
     scratch.remove(RANKS)
-    for name in (EDGES, REPEATS, CUTS, CANDIDATES, REFERENCE_CANDIDATES, DECIDED, SHINGLED, REFERENCE_SHINGLED):
+    for name in (EDGES, GROUPS, REPEATS, CUTS, CANDIDATES, REFERENCE_CANDIDATES, DECIDED, SHINGLED, REFERENCE_SHINGLED):
         for folder in (
             scratch.child(name),
             *(scratch.child(name).child(below) for below in ("shingles", "state", "rejected")),
@@ -194,7 +215,7 @@ def _plan(documents: FirstPass, settings: DedupSettings, reference: FirstPass | 
         [[state["key"], state["digest"], state["kept_documents"]] for state in what.states] if what else None
         for what in (documents, reference)
     ]
-    return xxhash.xxh3_128_hexdigest(orjson.dumps([settings.describe(), made_of], option=orjson.OPT_SORT_KEYS))
+    return xxhash.xxh3_128_hexdigest(orjson.dumps([LAYOUT, settings.describe(), made_of], option=orjson.OPT_SORT_KEYS))
 
 
 def _open_scratch(scratch: Folder, digest: str) -> None:
@@ -213,9 +234,17 @@ def _shingle(
     digest = job.digest()
     wanted = {part.number for part in held}
     done = {number for number in wanted if (state := read_state(folder, number)) and state["digest"] == digest}
-    todo = (part for part in documents.parts() if part.number in wanted - done) if wanted - done else ()
-    for _ in executor.map(partial(run_part, job, digest), todo):
-        pass
+    todo = wanted - done
+    parts = (part for part in documents.parts() if part.number in todo) if todo else ()
+    held_by = {state["number"]: state["kept_documents"] for state in documents.states}
+    read = size = 0
+    with Progress("dedup: candidates", sum(held_by[number] for number in todo)) as progress:
+        for state in executor.map(partial(run_part, job, digest), parts):
+            todo.discard(state["number"])
+            read, size = read + held_by[state["number"]], size + state["bytes"]
+            progress.update(read, size)
+    if todo:
+        raise changed(f"part {min(todo)} is not there any more")
     return [part._replace(folder=folder.child(job.product.name)) for part in held if job.product]
 
 
@@ -232,4 +261,10 @@ def _units_report(documents: FirstPass, settings: DedupSettings, repeats: int) -
         "repeated_units": repeats,
         "clusters": {},
         "similarity": None,
+        "audit": None,
     }
+
+
+def _keys(files: Iterable[str]) -> frozenset[str]:
+    """Of the arrays among the files of a part: `signatures/part-00000.hashes.npy` is "hashes"."""
+    return frozenset(file.rsplit(".", 2)[1] for file in files if file.endswith(".npy"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from prep.dedup.minhash import BANDS, PERMUTATIONS, ROWS, SEED
 from prep.dedup.paragraphs import MAX_CUT, MIN_CHARACTERS
@@ -16,11 +16,18 @@ METHODS: tuple[str, ...] = get_args(Method)
 KEEPERS = ("first", "longest", "highest:COLUMN")
 HIGHEST = "highest:"
 THRESHOLD = 0.8
+_NEAR, _UNITS = frozenset({"threshold", "bands", "rows", "seed"}), frozenset({"min_characters", "max_cut"})
+_UNUSED: dict[str, frozenset[str]] = {  # what a method does not look at
+    "exact": _NEAR | _UNITS,
+    "minhash": _UNITS,
+    "paragraph": _NEAR | {"keep"},
+    "line": _NEAR | {"keep"},
+}
 VERSION = 1  # raise it when the same settings remove other documents than before
 
 
 class DedupSettings(Settings):
-    """Options of a deduplication.
+    """Options of a deduplication; those that its method does not look at are refused.
 
     Attributes:
         method: "exact" copies; "minhash": exact copies, then near-duplicates; repeated units: "paragraph", "line".
@@ -58,6 +65,15 @@ class DedupSettings(Settings):
             raise ValueError(unknown_name("keeper policy", value, KEEPERS))
         return value
 
+    @model_validator(mode="after")
+    def _no_unused(self) -> DedupSettings:
+        unused = sorted(_UNUSED[self.method] & self.model_fields_set)
+        if unused:
+            name = unused[0]
+            methods = [method for method in METHODS if name not in _UNUSED[method]]
+            raise ValueError(f"method {self.method} does not look at {name}, which is for {' and '.join(methods)}")
+        return self
+
     @property
     def column(self) -> str | None:
         """The column that decides which document stays, where one does."""
@@ -75,11 +91,5 @@ class DedupSettings(Settings):
 
     def describe(self) -> dict[str, Any]:
         """All that decides which documents go, as JSON; what the method does not look at is left out."""
-        left_out = {"max_removed"}
-        if self.level:
-            left_out |= {"threshold", "bands", "rows", "seed", "keep"}
-        else:
-            left_out |= {"min_characters", "max_cut"}
-        if self.method == "exact":
-            left_out |= {"threshold", "bands", "rows", "seed"}
+        left_out = {"max_removed", *_UNUSED[self.method]}
         return {"version": VERSION, **self.model_dump(exclude=left_out)}

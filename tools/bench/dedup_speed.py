@@ -175,7 +175,7 @@ def whole(files: list[Path], out: Path, workers: int) -> None:
     command = [sys.executable, "-m", "prep.cli", "dedup", *map(str, files), "--out", str(out)]
     seconds, peak = watched([*command, "--workers", str(workers), "--max-removed", "1"])
     report = json.loads((out / "report.json").read_bytes())
-    dedup, size = report["dedup"], report["text_bytes"] / 1e6
+    dedup, size = report["dedup"][0], report["text_bytes"] / 1e6
     print(f"minigpt-prep dedup, {workers} workers, {size:,.0f} MB of text, {dedup['documents']:,} documents")
     print(f"  {size / seconds:8.1f} MB/s   {seconds:.1f} s")
     print(f"  {peak / 1e6:8,.0f} MB peak memory of all processes")

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pyarrow as pa
 
 from prep.storage import Folder
 from shards.errors import UserError
-
-
-def part_stem(number: int) -> str:
-    """`part-00000`, as in `prep.parts`."""
-    return f"part-{number:05d}"
 
 
 def load_array(folder: Folder, name: str) -> np.ndarray:
@@ -24,22 +21,20 @@ def load_array(folder: Folder, name: str) -> np.ndarray:
     """
     content = folder.read(name)
     if content is None:
-        raise UserError(f"{folder.uri}/{name}: missing; was something removed by hand? Add --overwrite to start anew")
+        raise UserError(f"{folder.uri}/{name}: missing; was something removed while the run went on? Run it again")
     array: np.ndarray = np.load(io.BytesIO(content))
     return array
 
 
 def save_array(folder: Folder, name: str, array: np.ndarray, *, durable: bool = True) -> None:
-    """Write an array; one that every run makes anew need not be durable."""
+    """Write an array; one that every run makes anew, or that is synced later, need not be durable."""
     content = io.BytesIO()
     np.save(content, array)
     folder.write(name, content.getvalue(), durable=durable)
 
 
 def array_length(folder: Folder, name: str) -> int:
-    """Items on the last axis of an array, from its header; 0 if there is no such file."""
-    if not folder.exists(name):
-        return 0
+    """Items on the last axis of an array, from its header."""
     with folder.open(name) as file:
         return int(_header(file)[0][-1])
 
@@ -53,6 +48,20 @@ def read_row(folder: Folder, name: str, row: int) -> np.ndarray:
         width = shape[1] * dtype.itemsize
         file.seek(file.tell() + row * width)
         return np.frombuffer(file.read(width), dtype)
+
+
+@contextmanager
+def open_array(folder: Folder, name: str) -> Iterator[Callable[[int, int], np.ndarray]]:
+    """A function that reads items begin:end of a one-dimensional array, and only these."""
+    with folder.open(name) as file:
+        _, _, dtype = _header(file)
+        start = file.tell()
+
+        def read(begin: int, end: int) -> np.ndarray:
+            file.seek(start + begin * dtype.itemsize)
+            return np.frombuffer(file.read((end - begin) * dtype.itemsize), dtype)
+
+        yield read
 
 
 def _header(file: pa.NativeFile) -> tuple[tuple[int, ...], bool, np.dtype]:
