@@ -9,6 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from filter_reference import clean_c4, statistics
+from prep_data import write_rows
+from prep_runs import kept, rejected
 from test_filters import SHARED, rows
 
 from prep.cli_documents import filter_documents
@@ -142,6 +144,26 @@ def test_kept_statistics_give_the_same_documents(preset, monkeypatch):
     assert removed == expected_removed
     # What is left may be filtered again: nothing that was kept of the text before is taken for the one after.
     assert run({"preset": preset}, kept)[1] == run({"preset": preset}, expected)[1]
+
+
+def test_a_folder_with_statistics_is_filtered_without_measuring(tmp_path, monkeypatch):
+    """Through files, with documents that each of the three stages rejects and a cleaning in between."""
+    monkeypatch.chdir(tmp_path)
+    dirt = "By the use of cookies you agree to this.\nBut the cat did what the dog had to do with it."
+    texts = [f"{dirt}\n{text}" for text in rows(SHARED / "c4-300.jsonl", 150)]
+    texts += [f"{text}\nx {{" for text in texts[:9]]
+    write_rows(tmp_path / "a.jsonl", [{"id": str(n), "text": text} for n, text in enumerate(texts)])
+    filter_documents(["a.jsonl"], "direct", preset=["fineweb"], rule=["fineweb_quality.short_lines=..0.05"], workers=1)
+    filter_documents(["a.jsonl"], "stats", preset=["fineweb"], stats_only=True, workers=1)
+    monkeypatch.setattr("prep.filters.measures.GROUPS", {})
+    filter_documents(["stats"], "again", preset=["fineweb"], rule=["fineweb_quality.short_lines=..0.05"], workers=1)
+    names = ["id", "text", "stage", "rule", "value", "threshold"]
+    direct, again = ([[row[name] for name in names] for row in rejected(tmp_path / out)] for out in ("direct", "again"))
+    assert direct == again
+    assert len({stage for _, _, stage, *_ in direct}) == 3
+    stayed = [[(row["id"], row["text"]) for row in kept(tmp_path / out)] for out in ("direct", "again")]
+    assert stayed[0] == stayed[1]
+    assert dirt.split("\n")[0] not in stayed[0][0][1]
 
 
 def test_statistics_are_measured_anew_over_those_that_are_there():
