@@ -51,6 +51,12 @@ def make_rows(number: int, source: str = "web", seed: int = 0) -> list[Row]:
     return rows
 
 
+def options(method: str, **others: Any) -> DedupSettings:
+    """Settings; repeated units have no keeper policy."""
+    given = {} if method in ("paragraph", "line") else others
+    return validate(DedupSettings, {"method": method, **given}, "test")
+
+
 def batch_of(rows: Sequence[Row]) -> pa.RecordBatch:
     return pa.RecordBatch.from_pylist(list(rows), schema=SCHEMA)
 
@@ -91,8 +97,9 @@ def dedup(
     per_block: int = 16,
     workers: int = 1,
     reference: Sequence[Row] | None = None,
+    later: Sequence[Row] | None = None,
 ) -> Run:
-    """Pass 1, decisions, pass 2."""
+    """Pass 1, decisions, pass 2, which may see other rows (`later`)."""
     out = Folder(folder)
     with LocalExecutor(workers) as executor:
         first = [first_pass(out.child("first"), rows, settings, per_part, per_block, executor)]
@@ -102,8 +109,8 @@ def dedup(
             first[0], settings, out.child("scratch"), out, executor, reference=first[1] if first[1:] else None
         )
         job = Job(out, SCHEMA, (), removal=found.stage)
-        for _ in executor.map(partial(run_part, job, found.digest), cut(rows, per_part, per_block)):
-            pass
+        states = list(executor.map(partial(run_part, job, found.digest), cut(later or rows, per_part, per_block)))
+        found.check(states)
     audit = pq.read_table(folder / "duplicates.parquet").to_pylist() if (folder / "duplicates.parquet").exists() else []
     rejected = sorted(read(folder / "rejected"), key=lambda row: row["id"])  # a block's lie by rule
     return Run(read(folder), rejected, audit, found.report)
@@ -290,7 +297,7 @@ def test_repeated_units_are_cut_and_what_loses_much_is_dropped(
     for per_part, partition in ((1, 2), (2, 100), (100, 1)):
         monkeypatch.setattr(repeats, "PARTITION_UNITS", partition)
         folder = tmp_path / f"{level}{per_part}"
-        run = dedup(folder, rows, DedupSettings(method=level), per_part=per_part, per_block=1)
+        run = dedup(folder, rows, options(level), per_part=per_part, per_block=1)
         assert [(row["id"], row["text"]) for row in run.kept] == [
             ("0", texts[0]),
             ("1", between.join([unit["c"], unit["d"], "short"])),
@@ -347,7 +354,7 @@ def test_a_keeper_column_must_be_there_and_hold_numbers() -> None:
 
 @pytest.mark.parametrize("method", ["exact", "minhash", "paragraph", "line"])
 def test_parts_without_documents_do_no_harm(tmp_path: Path, method: str) -> None:
-    settings = DedupSettings(method=method, **({} if method in ("paragraph", "line") else {"keep": "longest"}))
+    settings = options(method, keep="longest")
     product = removal.product(settings)
     for empty in (batch_of([]), batch_of(make_rows(3)).slice(3), batch_of(make_rows(3)).filter(pa.array([False] * 3))):
         assert all(array.shape[-1] == 0 for array in product(empty).values())
