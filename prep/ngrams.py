@@ -74,7 +74,7 @@ class Index:
         """
         if not len(self.keys):
             return {}
-        tokens = split_words(texts)
+        tokens = split_words(texts, ["lower"])
         offsets, token, words = _only_words(tokens)
         table = (self.lengths, _powers(self.lengths), self.sieve, self.directory)
         capacity = 1024
@@ -134,7 +134,7 @@ def build_index(items: Sequence[str], ngram: int, min_words: int) -> Index:
     """Index the n-grams of items; an item with fewer words is one entry, one with fewer than `min_words` is none."""
     texts = pa.array(items, pa.large_string())
     data, _ = text_buffers(texts)
-    tokens = split_words(texts)
+    tokens = split_words(texts, ["lower"])
     offsets, token, words = _only_words(tokens)
     sizes = np.diff(offsets)
     keys, heads = np.empty(len(words), np.uint64), np.empty(len(words), np.uint64)
@@ -172,6 +172,7 @@ def _only_words(tokens: Words) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The words of a batch without its symbols: offsets [documents + 1], which tokens they are, and their hashes."""
     token, words = np.empty(len(tokens.kind), np.int32), np.empty(len(tokens.kind), np.uint64)
     offsets = np.zeros(len(tokens.offsets), np.int64)
+    assert tokens.lower is not None
     n = _keep_words(tokens.offsets, tokens.kind, tokens.lower, offsets, token, words)
     return offsets, token[:n], words[:n]
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from prep.filters import lines, measures
 from prep.filters.measures import STATISTICS
+from prep.words import split_words
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 C4_ON = {"citations": (0, 0), "line_word_length": (0, 1000), "line_words": (3, 0), "line_javascript": (0, 0)}
@@ -136,6 +137,17 @@ def test_batches_do_not_matter():
     for number, text in enumerate(texts):
         alone = measures.statistics(pa.array(["other", text]).slice(1), STATISTICS)
         assert all(alone[name][0] == together[name][number] for name in STATISTICS)
+
+
+@given(st.lists(TEXTS, min_size=1, max_size=3))
+@settings(deadline=None)
+def test_words_with_one_hash_or_both(texts):
+    both = split_words(pa.array(texts))
+    for name, other in (("hash", "lower"), ("lower", "hash")):
+        alone = split_words(pa.array(texts), (name,))
+        assert getattr(alone, other) is None
+        for field in ("offsets", "start", "stop", "characters", "kind", name):
+            assert np.array_equal(getattr(alone, field), getattr(both, field))
 
 
 def test_only_the_wanted_statistics():

@@ -7,7 +7,7 @@ A share of nothing is 0. The definitions stand in docs/FILTERS.md, and as plain 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from prep.filters import code_text, measures_lines, measures_repetition, measures_tokens
-from prep.words import Words, split_words, text_buffers
+from prep.words import Hash, Words, split_words, text_buffers
 from shards.errors import UserError, unknown_name
 
 Values = dict[str, np.ndarray]  # of statistics or rules, by name: float64 or int64 [documents] each
@@ -30,16 +30,16 @@ class Statistic(NamedTuple):
 
 
 class Texts:
-    """A column of texts, and what several groups need of it, computed once."""
+    """A column of texts, and what several groups need of it, computed once; `hashes` are those of its words."""
 
-    def __init__(self, texts: pa.Array) -> None:
-        self.texts = texts
+    def __init__(self, texts: pa.Array, hashes: Collection[Hash] = ("hash",)) -> None:
+        self.texts, self.hashes = texts, hashes
         self.data, self.offsets = text_buffers(texts)
 
     @cached_property
     def words(self) -> Words:
         """All tokens."""
-        return split_words(self.texts)
+        return split_words(self.texts, self.hashes)
 
     @cached_property
     def tokens(self) -> np.ndarray:
@@ -121,6 +121,7 @@ def _all_copies(texts: Texts) -> Values:
 
 def _ngrams(texts: Texts) -> Values:
     words = texts.words
+    assert words.hash is not None
     tops, duplicates = measures_repetition.repeated_ngrams(
         words.offsets, words.hash, words.characters, texts.characters.astype(np.float64), overlapping=False
     )
@@ -238,8 +239,9 @@ def statistics(texts: pa.Array | pa.RecordBatch, names: Iterable[str]) -> Values
     for name in wanted:
         if name not in STATISTICS:
             raise UserError(unknown_name("statistic", name, STATISTICS))
-    column = Texts(texts.column("text") if isinstance(texts, pa.RecordBatch) else texts)
     groups = {STATISTICS[name].group for name in wanted}
+    hashes: list[Hash] = ["hash", "lower"] if "chunks" in groups else ["hash"]
+    column = Texts(texts.column("text") if isinstance(texts, pa.RecordBatch) else texts, hashes)
     if groups & {"tokens", "chunks", "ngrams", "word_ngrams"}:
         _ = column.words  # first, so that the other groups use them
     found: Values = {}

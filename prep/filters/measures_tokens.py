@@ -59,6 +59,7 @@ def chunk_counts(data: np.ndarray, words: Words) -> dict[str, np.ndarray]:
 
 def only_words(words: Words) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Borders, hashes and lengths of the tokens that have a letter or number."""
+    assert words.hash is not None
     chosen = words.kind & _ALNUM != 0
     return np.concatenate([[0], np.cumsum(chosen)])[words.offsets], words.hash[chosen], words.characters[chosen]
 

@@ -60,7 +60,7 @@ def run(batch):
     return batch.num_rows
 
 
-work = {"words": lambda: [split_words(batch.column("text")) for batch in batches]}
+work = {"words": lambda: [split_words(batch.column("text"), ["hash"]) for batch in batches]}
 for name in ("tokens", "line_edges", "copies", "ngrams"):
     work[name] = lambda group=measures.GROUPS[name]: [group(column) for column in columns]
 work["C4 cleaning"] = lambda: [c4.clean(batch.column("text")) for batch in batches]
