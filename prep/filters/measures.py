@@ -19,6 +19,7 @@ from prep.words import Hash, Words, split_words, text_buffers
 from shards.errors import UserError, unknown_name
 
 Values = dict[str, np.ndarray]  # of statistics or rules, by name: float64 or int64 [documents] each
+HASHES: tuple[Hash, ...] = ("hash",)  # of words, for all groups but `chunks`
 
 
 class Statistic(NamedTuple):
@@ -32,7 +33,7 @@ class Statistic(NamedTuple):
 class Texts:
     """A column of texts, and what several groups need of it, computed once; `hashes` are those of its words."""
 
-    def __init__(self, texts: pa.Array, hashes: Collection[Hash] = ("hash",)) -> None:
+    def __init__(self, texts: pa.Array, hashes: Collection[Hash] = HASHES) -> None:
         self.texts, self.hashes = texts, hashes
         self.data, self.offsets = text_buffers(texts)
 
@@ -240,7 +241,7 @@ def statistics(texts: pa.Array | pa.RecordBatch, names: Iterable[str]) -> Values
         if name not in STATISTICS:
             raise UserError(unknown_name("statistic", name, STATISTICS))
     groups = {STATISTICS[name].group for name in wanted}
-    hashes: list[Hash] = ["hash", "lower"] if "chunks" in groups else ["hash"]
+    hashes = (*HASHES, "lower") if "chunks" in groups else HASHES
     column = Texts(texts.column("text") if isinstance(texts, pa.RecordBatch) else texts, hashes)
     if groups & {"tokens", "chunks", "ngrams", "word_ngrams"}:
         _ = column.words  # first, so that the other groups use them
