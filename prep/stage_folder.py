@@ -89,7 +89,7 @@ def run_pass(
     before = read_manifest(job.folder)
     if before and before["made_from"] == made_from:
         found = [state for number in range(len(before["parts"])) if (state := read_state(job.folder, number))]
-        if len(found) == len(before["parts"]):
+        if len(found) == len(before["parts"]) and not any(state["broken"] for state in found):
             check(found)
             say(f"{title}: up to date ({before['documents']:,} documents)")
             return Done(found, made_from, up_to_date=True)
@@ -100,7 +100,7 @@ def run_pass(
         for part in parts():
             state = read_state(job.folder, part.number)
             same = state is not None and state["key"] == part.key and state["digest"] == digest
-            if state and same and (limits.keep_going or not state["broken"]):  # what was broken may be mended
+            if state and same and not state["broken"]:  # what was broken may be mended
                 states[part.number] = state
                 continue
             if not consumed:

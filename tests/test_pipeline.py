@@ -512,5 +512,5 @@ def test_many_files(tmp_path, monkeypatch):
     go()
     now = times(tmp_path / "out" / "state")
     changed = {name for name in now if now[name] != before.get(name)}
-    assert 0 < len(changed) <= 1
+    assert 0 < len(changed) <= 2  # the file that changed, and the one that is broken: it is tried again
     assert [row["id"] for row in kept(tmp_path / "out")][-5:] == [f"99-{n}" for n in range(5)]
