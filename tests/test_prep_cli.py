@@ -128,7 +128,8 @@ def test_a_truncated_file(prep_cli, tmp_path, suffix):
     before = times(tmp_path / "out")
     one(prep_cli, *command, "--keep-going")
     now = times(tmp_path / "out")
-    assert {name: now[name] for name in before} == before
+    broken = {"part-00000.parquet", "state/part-00000.json"}  # the file may be whole by now: its part is tried again
+    assert {name for name in before if now[name] != before[name]} <= broken
     found = kept(tmp_path / "out")
     read = [row["text"] for row in found if row["source"] == "a"]
     assert 50 < len(read) < 300
