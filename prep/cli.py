@@ -9,6 +9,7 @@ import typer
 
 from prep import cli_documents, cli_recipe
 from prep.cli_options import IdColumn, Inputs, KeepGoing, MaxBadRows, TextColumn, print_table, say
+from prep.lean import hide_unused
 from shards.errors import run_command
 
 if TYPE_CHECKING:
@@ -203,6 +204,7 @@ app.command("train-classifier")(cli_recipe.train_classifier)
 
 def main() -> None:
     """Entry point of `minigpt-prep`."""
+    hide_unused()
     run_command(app)
 
 

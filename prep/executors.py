@@ -21,6 +21,7 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
+from prep.lean import hide_unused
 from shards.errors import UserError, unknown_name
 
 Task = TypeVar("Task")
@@ -197,6 +198,7 @@ def _begin_worker(parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS"):
         os.environ[name] = "1"
+    hide_unused()
     for module in PRELOADED:
         importlib.import_module(module)
     pyarrow = sys.modules["pyarrow"]
