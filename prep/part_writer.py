@@ -51,6 +51,7 @@ class PartWriter:
         name: such as `part-00000`.
         schema: of all batches; flat columns.
         format: "parquet" or "jsonl.zst".
+        compressed: whether Parquet is.
 
     Attributes:
         rows: written so far.
@@ -59,8 +60,10 @@ class PartWriter:
         UserError: unknown format, or storage that refuses.
     """
 
-    def __init__(self, folder: Folder, name: str, schema: pa.Schema, format: Format = "parquet") -> None:
-        self.folder, self.schema, self.format = folder, schema, check_format(format)
+    def __init__(
+        self, folder: Folder, name: str, schema: pa.Schema, format: Format = "parquet", *, compressed: bool = True
+    ) -> None:
+        self.folder, self.schema, self.format, self.compressed = folder, schema, check_format(format), compressed
         self.file_name = f"{name}.{format}"
         self.rows = 0
         self._gathered: list[pa.RecordBatch] = []
@@ -76,8 +79,8 @@ class PartWriter:
                     pyarrow.parquet.ParquetWriter(
                         self._file,
                         self.schema,
-                        compression="zstd",
-                        compression_level=ZSTD_LEVEL,
+                        compression="zstd" if self.compressed else "none",
+                        compression_level=ZSTD_LEVEL if self.compressed else None,
                         use_dictionary=repeated or False,
                         write_statistics=repeated or False,
                     )

@@ -79,6 +79,7 @@ class Job:
         product: arrays to compute from the documents that the steps leave.
         writes: whether documents are written; a pass may be there for its product alone.
         format: of the documents.
+        scratch: whether only the next pass reads them: neither compression nor waiting for the disk would pay.
         removal: makes the first stage of a part from its number (the removal of duplicates knows documents by place).
         removal_digest: what that stage depends on.
     """
@@ -89,6 +90,7 @@ class Job:
     product: Product | None = None
     writes: bool = True
     format: Format = "parquet"
+    scratch: bool = False
     removal: Callable[[int], PlacedStage] | None = None
     removal_digest: str | None = None
 
@@ -104,6 +106,7 @@ class Job:
             "removal": self.removal_digest,
             "product": self.product.describe() if self.product else None,
             "format": self.format if self.writes else None,
+            "scratch": self.scratch,
         }
 
     def digest(self) -> str:
@@ -241,7 +244,10 @@ def run_part(job: Job, digest: str, part: Part) -> dict[str, Any]:
     out_schema = job.out_schema()
     made = [f"{name}.{job.format}"] if job.writes else []
     with ExitStack() as files:
-        writer = files.enter_context(PartWriter(job.folder, name, out_schema, job.format)) if job.writes else None
+        writer = None
+        if job.writes:
+            writer = PartWriter(job.folder, name, out_schema, job.format, compressed=not job.scratch)
+            files.enter_context(writer)
         rejects = files.enter_context(Rejects(job, name, part.source, out_schema))
         for documents in _load(part, broken):
             counted["rows"] += documents.rows

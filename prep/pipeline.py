@@ -13,6 +13,7 @@ import errno
 import os
 import shlex
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ import xxhash
 from prep.characters import UNICODE_VERSION
 from prep.decontaminate import DecontaminateStage
 from prep.dedup.decide import AUDIT
+from prep.dedup.exact import load_kernels
 from prep.dedup.removal import FirstPass, Removal, find_removal, product
 from prep.dedup.settings import DedupSettings
 from prep.executors import Executor
@@ -107,6 +109,8 @@ def run(work: Work, executor: Executor, say: Callable[[str], None] = print) -> R
     schema = union_schema([files.schema for files in work.sources])
     total = sum(files.size for files in work.sources)
     made_from = _describe_files(work.sources)
+    if any(isinstance(step, DedupStep) for step in work.steps):  # numba needs half a second, the workers more
+        threading.Thread(target=load_kernels, daemon=True).start()
     with work.out.lock(), _full_disk_explained(work.out):
         passes: list[_Pass] = []
         removals: list[Removal] = []
@@ -116,17 +120,19 @@ def run(work: Work, executor: Executor, say: Callable[[str], None] = print) -> R
         for number, (guarded, dedup) in enumerate(groups):
             steps = tuple(item.step if isinstance(item, GuardedStep) else item for item in guarded)
             removal = removals[-1] if removals else None
+            cleans = bool(steps) or removal is not None
             job = Job(
                 folder=work.out if dedup is None else _between(work, number),
                 schema=schema,
                 steps=steps,
                 product=product(dedup.settings) if dedup else None,
-                writes=dedup is None or bool(steps) or removal is not None,
+                writes=dedup is None or cleans or _slow_to_read(work.sources),
                 format=work.format if dedup is None else "parquet",
+                scratch=dedup is not None and not cleans,
                 removal=removal.stage if removal else None,
                 removal_digest=removal.digest if removal else None,
             )
-            title = "reading" if dedup and not job.writes else " + ".join(_titles(removal is not None, steps))
+            title = "reading" if dedup and not cleans else " + ".join(_titles(removal is not None, steps))
             before = groups[number - 1][1] if number else None
             check = partial(_check_guards, guarded, before.settings if before else None, removal, job.folder)
             done = run_pass(
@@ -257,6 +263,11 @@ def _check_apart(work: Work) -> None:
             name, before = work.out.holds(item.path), work.between.holds(item.path)
             if before is not None or (name or "").startswith(("part-", "rejected/", "state/")):
                 raise UserError(f"{item.path}: lies where the result goes ({work.out}); choose another --out")
+
+
+def _slow_to_read(sources: Sequence[Files]) -> bool:
+    """Whether documents are better written once than read three times: rows have to be decompressed and parsed."""
+    return any(item.kind in ("rows", "csv") for files in sources for item in files.inputs)
 
 
 def _split(

@@ -127,9 +127,10 @@ def run_pass(
     _check_whole(job.folder, found, limits.keep_going)
     check(found)
     _remove_others(job, len(found))
-    made = [states[number] for number in consumed]
-    job.folder.sync([file for state in made for file in state["files"]])
-    job.folder.sync([f"{STATE}/{part_name(state['number'])}.json" for state in made])
+    if not job.scratch:
+        made = [states[number] for number in consumed]
+        job.folder.sync([file for state in made for file in state["files"]])
+        job.folder.sync([f"{STATE}/{part_name(state['number'])}.json" for state in made])
     _write_manifest(job, found, made_from)
     return Done(found, made_from, up_to_date=False)
 

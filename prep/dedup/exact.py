@@ -35,6 +35,11 @@ def make_digests(texts: pa.Array) -> np.ndarray:
     return np.ascontiguousarray(np.frombuffer(found, ">u8").reshape(-1, 2).T.astype(np.uint64))
 
 
+def load_kernels() -> None:
+    """Have numba load, and the kernels of `find_copies`."""
+    find_copies(np.zeros((2, 1), np.uint64), np.zeros(1, np.uint32))
+
+
 def find_copies(digests: np.ndarray, ranks: np.ndarray) -> np.ndarray:
     """The best-ranked document among those with the same digest.
 
