@@ -182,7 +182,8 @@ def dedup(
         minigpt-prep dedup crawl/ --explain --bands 14 --rows 8
 
     A document goes only if its exact Jaccard similarity (of word 5-grams) to a document that stays reaches the
-    threshold. `OUT/duplicates.parquet` names the keeper and the similarity for each; `rejected/` holds the text.
+    threshold. `OUT/duplicates.parquet` names the keeper and the similarity for each; `rejected/` holds the text. What
+    the passes hand to each other is in `OUT/scratch`; it can be removed when all is done.
     """
     settings = {
         "method": method,

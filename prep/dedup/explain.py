@@ -78,7 +78,7 @@ def explain(settings: DedupSettings, *, number: int | None = None, workers: int 
     note = f"with {workers} {'worker' if workers == 1 else 'workers'}"
     if settings.method == "minhash":
         note += "; on top 24 bytes of memory per pair of candidates, 16 of disk per shingle of a candidate"
-    note += "; JSON Lines and CSV are written once more while the work lasts: as much disk as they hold text"
+    note += "; JSON Lines and CSV are written once more, to OUT/scratch: as much disk as they hold text"
     return "\n".join([*lines, note])
 
 
