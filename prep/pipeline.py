@@ -114,7 +114,7 @@ def run(work: Work, executor: Executor, say: Callable[[str], None] = print) -> R
     with work.out.lock(), _full_disk_explained(work.out):
         passes: list[_Pass] = []
         removals: list[Removal] = []
-        parts: Callable[[], Iterator[Part]] = lambda: cut_parts(work.sources)  # noqa: E731
+        parts: Callable[[], Iterator[Part]] = partial(cut_parts, work.sources)
         groups = _split(work.steps)
         up_to_date = True
         for number, (guarded, dedup) in enumerate(groups):
@@ -316,7 +316,7 @@ def _deduplicate(
         own = union_schema([files.schema for files in dedup.reference])
         job = Job(folder.child(REFERENCE), own, (), product(dedup.settings, reference=True), writes=False)
         size, made_from = sum(files.size for files in dedup.reference), _describe_files(dedup.reference)
-        cut = lambda: cut_parts(dedup.reference)  # noqa: E731
+        cut = partial(cut_parts, dedup.reference)
         done = run_pass(
             "reading the reference", job, cut, executor, total=size, made_from=made_from, limits=work.limits, say=say
         )

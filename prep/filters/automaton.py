@@ -118,7 +118,7 @@ def find_addresses(urls: pa.Array, known: np.ndarray, *, whole: bool) -> np.ndar
 
 
 @njit(nogil=True, cache=True)
-def _walk(data, offsets, table, small_letters, kinds, states, entry, whole_words, found):  # type: ignore
+def _walk(data, offsets, table, small_letters, kinds, states, entry, whole_words, found):
     for document in range(found.shape[1]):
         at, end = offsets[document], offsets[document + 1]
         state, matches, first = np.int64(0), np.int64(0), np.int64(-1)
@@ -161,7 +161,7 @@ def _walk(data, offsets, table, small_letters, kinds, states, entry, whole_words
 
 
 @njit(nogil=True, cache=True)
-def _address(data, a, b):  # type: ignore[no-untyped-def]
+def _address(data, a, b):
     """Normalise an address in place: where its host begins and ends, and where the rest ends.
 
     White space around it, the scheme, `user:password@`, `#...` and a last `/` are left out, the host is lower-cased.
@@ -196,21 +196,21 @@ def _address(data, a, b):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _hash_addresses(data, offsets, found):  # type: ignore[no-untyped-def]
+def _hash_addresses(data, offsets, found):
     for number in range(len(found)):
         a, _, b = _address(data, offsets[number], offsets[number + 1])
         found[number] = hash_span(data, a, b)
 
 
 @njit(nogil=True, cache=True)
-def _known(data, a, b, known):  # type: ignore[no-untyped-def]
+def _known(data, a, b, known):
     value = hash_span(data, a, b)
     place = np.searchsorted(known, value)
     return place < len(known) and known[place] == value
 
 
 @njit(nogil=True, cache=True)
-def _find_addresses(data, offsets, known, whole, found):  # type: ignore[no-untyped-def]
+def _find_addresses(data, offsets, known, whole, found):
     for number in range(len(found)):
         a, host, b = _address(data, offsets[number], offsets[number + 1])
         if a == b:

@@ -59,7 +59,7 @@ def scan_table() -> np.ndarray:
 
 
 @njit(nogil=True, cache=True)
-def _has_words(data, a, b, fewest, table):  # type: ignore[no-untyped-def]
+def _has_words(data, a, b, fewest, table):
     """Whether [a, b) has at least so many words."""
     words, inside = 0, False
     while a < b and words < fewest:
@@ -72,7 +72,7 @@ def _has_words(data, a, b, fewest, table):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _has_longer_word(data, a, b, longest, table):  # type: ignore[no-untyped-def]
+def _has_longer_word(data, a, b, longest, table):
     """Whether a word of [a, b) has more characters than `longest`.
 
     It would have more bytes than that, so wherever white space stands within so many bytes, none begins before it:
@@ -100,7 +100,7 @@ def _has_longer_word(data, a, b, longest, table):  # type: ignore[no-untyped-def
 
 
 @njit(nogil=True, cache=True)
-def _equal(data, at, b, text):  # type: ignore[no-untyped-def]
+def _equal(data, at, b, text):
     if b - at < len(text):
         return False
     equal = True
@@ -110,7 +110,7 @@ def _equal(data, at, b, text):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _citation(data, at, b):  # type: ignore[no-untyped-def]
+def _citation(data, at, b):
     """Bytes of the citation at a "[": [12], [], [edit], [citation needed]; 0 if it is none."""
     end = at + 1
     while end < b:
@@ -126,7 +126,7 @@ def _citation(data, at, b):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _without_citations(data, a, b, out, begin):  # type: ignore[no-untyped-def]
+def _without_citations(data, a, b, out, begin):
     """Copy [a, b) to out[begin:] without citations; the end of the copy and how many there were."""
     at, removed = begin, 0
     while a < b:
@@ -142,7 +142,7 @@ def _without_citations(data, a, b, out, begin):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _abbreviated(data, a, at, table, abbreviations):  # type: ignore[no-untyped-def]
+def _abbreviated(data, a, at, table, abbreviations):
     """Whether the full stop at a byte stands behind a single letter or an abbreviation."""
     first, value, letters = at, np.uint64(0), 0
     while first > a:
@@ -163,7 +163,7 @@ def _abbreviated(data, a, at, table, abbreviations):  # type: ignore[no-untyped-
 
 
 @njit(nogil=True, cache=True)
-def _look(data, a, b, table, stops, ends, abbreviations, phrases):  # type: ignore[no-untyped-def]
+def _look(data, a, b, table, stops, ends, abbreviations, phrases):
     """Bits of the phrases and brackets in a line, and its sentences, at least one; docs/FILTERS.md defines them."""
     found, sentences, ended = np.uint32(0), np.int64(1), False
     at = a
@@ -214,7 +214,7 @@ def _look(data, a, b, table, stops, ends, abbreviations, phrases):  # type: igno
 
 
 @njit(nogil=True, cache=True)
-def clean(  # type: ignore[no-untyped-def]
+def clean(
     data,
     offsets,
     limits,

@@ -65,7 +65,7 @@ def licence_headers(data: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, 
 
 
 @njit(nogil=True, cache=True)
-def _line_end(data, at, end):  # type: ignore[no-untyped-def]
+def _line_end(data, at, end):
     """The byte behind the newline of the line at a byte."""
     while at < end and data[at] != 0x0A:
         at += 1
@@ -73,7 +73,7 @@ def _line_end(data, at, end):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _generated(data, offsets, phrases, found):  # type: ignore[no-untyped-def]
+def _generated(data, offsets, phrases, found):
     for document in range(len(found)):
         a, end = offsets[document], offsets[document + 1]
         at = a
@@ -86,12 +86,12 @@ def _generated(data, offsets, phrases, found):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _blank(byte):  # type: ignore[no-untyped-def]
+def _blank(byte):
     return byte == 0x20 or 0x09 <= byte <= 0x0D
 
 
 @njit(nogil=True, cache=True)
-def _is_line_comment(data, at, end):  # type: ignore[no-untyped-def]
+def _is_line_comment(data, at, end):
     """Whether the line at a byte is a comment."""
     while at < end and (data[at] == 0x20 or data[at] == 0x09):
         at += 1
@@ -105,7 +105,7 @@ def _is_line_comment(data, at, end):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _comment_end(data, at, end, opening, closing, sizes):  # type: ignore[no-untyped-def]
+def _comment_end(data, at, end, opening, closing, sizes):
     """The byte behind the comment at a byte, or that byte if there is none."""
     for number in range(len(sizes)):
         if same_letters(data, at, end, opening[number], sizes[number, 0]):
@@ -121,7 +121,7 @@ def _comment_end(data, at, end, opening, closing, sizes):  # type: ignore[no-unt
 
 
 @njit(nogil=True, cache=True)
-def _headers(data, offsets, opening, closing, sizes, phrases, found):  # type: ignore[no-untyped-def]
+def _headers(data, offsets, opening, closing, sizes, phrases, found):
     for document in range(found.shape[1]):
         at, end = offsets[document], offsets[document + 1]
         first, second = (data[at], data[at + 1]) if end - at > 1 else (np.uint8(0), np.uint8(0))

@@ -21,7 +21,7 @@ _SPACE, _UPPER, _NUMBER, _WORD = np.uint8(SPACE), np.uint8(UPPER), np.uint8(NUMB
 
 
 @njit(nogil=True, cache=True)
-def _is_counter(data, a, b, table, nouns, sizes):  # type: ignore[no-untyped-def]
+def _is_counter(data, a, b, table, nouns, sizes):
     """Whether a line is a counter, such as "3 likes" or "1.2K views", with anything but words around it."""
     while a < b:
         code, size = decode(data, a)
@@ -50,7 +50,7 @@ def _is_counter(data, a, b, table, nouns, sizes):  # type: ignore[no-untyped-def
 
 
 @njit(nogil=True, cache=True)
-def _remove(data, a, b, table, limits, words):  # type: ignore[no-untyped-def]
+def _remove(data, a, b, table, limits, words):
     """Remove phrases from the line [a, b) in place, as far as its number of words allows; its end and how many."""
     removed = 0
     if words <= limits[4]:  # "items in cart", with the white space in front of it
@@ -88,7 +88,7 @@ def _remove(data, a, b, table, limits, words):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def clean(data, offsets, limits, counters, table, nouns, sizes, out, ends, found):  # type: ignore[no-untyped-def]
+def clean(data, offsets, limits, counters, table, nouns, sizes, out, ends, found):
     """Write the kept lines of each document and count; see `prep.filters.lines.clean_dclm`."""
     for document in range(found.shape[1]):
         end = offsets[document + 1]

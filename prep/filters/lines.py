@@ -132,7 +132,7 @@ def make_texts(data: np.ndarray, offsets: np.ndarray, kind: pa.DataType) -> pa.A
 
 
 @njit(nogil=True, cache=True)
-def _cut(data, offsets, start, stop, out, ends):  # type: ignore[no-untyped-def]
+def _cut(data, offsets, start, stop, out, ends):
     """Copy all documents without their spans [start, stop)."""
     at = 0
     for document in range(len(start)):

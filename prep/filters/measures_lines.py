@@ -106,13 +106,13 @@ def character_kinds(data: np.ndarray, offsets: np.ndarray) -> dict[str, np.ndarr
 
 
 @njit(nogil=True, cache=True)
-def _characters(data, offsets, found):  # type: ignore[no-untyped-def]
+def _characters(data, offsets, found):
     for document in range(len(found)):
         found[document] = count_characters(data, offsets[document], offsets[document + 1])
 
 
 @njit(nogil=True, cache=True)
-def _count_tokens(data, offsets, table, found):  # type: ignore[no-untyped-def]
+def _count_tokens(data, offsets, table, found):
     for document in range(len(found)):
         tokens = np.int64(0)
         at, end = offsets[document], offsets[document + 1]
@@ -131,7 +131,7 @@ def _count_tokens(data, offsets, table, found):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _count_words(data, offsets, table, found):  # type: ignore[no-untyped-def]
+def _count_words(data, offsets, table, found):
     for document in range(len(found)):
         words = np.int64(0)
         at, end = offsets[document], offsets[document + 1]
@@ -146,7 +146,7 @@ def _count_words(data, offsets, table, found):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _copies(data, offsets, table, newlines, stripped, found):  # type: ignore[no-untyped-def]
+def _copies(data, offsets, table, newlines, stripped, found):
     for document in range(found.shape[1]):
         at, end = offsets[document], offsets[document + 1]
         if newlines > 1 and not stripped:
@@ -186,7 +186,7 @@ def _copies(data, offsets, table, newlines, stripped, found):  # type: ignore[no
 
 
 @njit(nogil=True, cache=True)
-def _edge(data, a, b, table, splitlines, found, document):  # type: ignore[no-untyped-def]
+def _edge(data, a, b, table, splitlines, found, document):
     """Count one line."""
     a = skip_spaces(data, a, b, table)
     b = cut_spaces(data, a, b, table)
@@ -208,7 +208,7 @@ def _edge(data, a, b, table, splitlines, found, document):  # type: ignore[no-un
 
 
 @njit(nogil=True, cache=True)
-def _edges(data, offsets, table, stops, splitlines, found):  # type: ignore[no-untyped-def]
+def _edges(data, offsets, table, stops, splitlines, found):
     for document in range(found.shape[1]):
         at, end = offsets[document], offsets[document + 1]
         while at < end:
@@ -221,7 +221,7 @@ def _edges(data, offsets, table, stops, splitlines, found):  # type: ignore[no-u
 
 
 @njit(nogil=True, cache=True)
-def _plain_lines(data, offsets, table, ends, found):  # type: ignore[no-untyped-def]
+def _plain_lines(data, offsets, table, ends, found):
     for document in range(found.shape[1]):
         at, end = offsets[document], offsets[document + 1]
         keys, used = np.zeros(64, np.uint64), 0
@@ -252,7 +252,7 @@ def _plain_lines(data, offsets, table, ends, found):  # type: ignore[no-untyped-
 
 
 @njit(nogil=True, cache=True)
-def _line_lengths(data, offsets, stops, found):  # type: ignore[no-untyped-def]
+def _line_lengths(data, offsets, stops, found):
     for document in range(found.shape[1]):
         at, end = offsets[document], offsets[document + 1]
         lines = total = longest = np.int64(0)
@@ -269,7 +269,7 @@ def _line_lengths(data, offsets, stops, found):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _kinds(data, offsets, table, found):  # type: ignore[no-untyped-def]
+def _kinds(data, offsets, table, found):
     for document in range(found.shape[1]):
         at, end = offsets[document], offsets[document + 1]
         letters = alphanumeric = upper = spaces = np.int64(0)

@@ -36,7 +36,7 @@ def repeated_ngrams(
 
 
 @njit(nogil=True, cache=True)
-def _length(lengths, first, n):  # type: ignore[no-untyped-def]
+def _length(lengths, first, n):
     total = np.int64(0)
     for number in range(n):
         total += lengths[first + number]
@@ -44,7 +44,7 @@ def _length(lengths, first, n):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _name_pairs(hashes, begin, number, table, names, counts):  # type: ignore[no-untyped-def]
+def _name_pairs(hashes, begin, number, table, names, counts):
     """Name and count the 2-grams of a document."""
     mask = np.uint64(len(table) - 1)
     table[:] = 0
@@ -66,7 +66,7 @@ def _name_pairs(hashes, begin, number, table, names, counts):  # type: ignore[no
 
 
 @njit(nogil=True, cache=True)
-def _name_longer(old, where, number, table, names, counts):  # type: ignore[no-untyped-def]
+def _name_longer(old, where, number, table, names, counts):
     """Name and count the n-grams at `number` positions by the names of their (n-1)-grams."""
     mask = np.uint64(len(table) - 1)
     table[:] = 0
@@ -89,7 +89,7 @@ def _name_longer(old, where, number, table, names, counts):  # type: ignore[no-u
 
 
 @njit(nogil=True, cache=True)
-def _repeats(names, counts, where, number):  # type: ignore[no-untyped-def]
+def _repeats(names, counts, where, number):
     """Keep the positions where an n-gram repeats and the next one does as well; how many they are."""
     kept = 0
     for index in range(number - 1):
@@ -101,7 +101,7 @@ def _repeats(names, counts, where, number):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _top(names, counts, where, number, lengths, begin, n, longest):  # type: ignore[no-untyped-def]
+def _top(names, counts, where, number, lengths, begin, n, longest):
     """Characters of all copies of the most frequent n-gram; among equals the first one, or the longest."""
     best, size = np.int64(1), np.int64(0)
     for index in range(number):
@@ -119,7 +119,7 @@ def _top(names, counts, where, number, lengths, begin, n, longest):  # type: ign
 
 
 @njit(nogil=True, cache=True)
-def _extra_copies(names, counts, where, number, lengths, begin, n, seen):  # type: ignore[no-untyped-def]
+def _extra_copies(names, counts, where, number, lengths, begin, n, seen):
     """Characters of the copies behind the first; a copy is passed over as a whole, so that none overlap."""
     total, free = np.int64(0), 0
     for index in range(number):
@@ -137,7 +137,7 @@ def _extra_copies(names, counts, where, number, lengths, begin, n, seen):  # typ
 
 
 @njit(nogil=True, cache=True)
-def _covered(names, counts, where, number, lengths, begin, n):  # type: ignore[no-untyped-def]
+def _covered(names, counts, where, number, lengths, begin, n):
     """Characters of all tokens that stand in a repeated n-gram, the first copy included, none counted twice."""
     total, done = np.int64(0), 0
     for index in range(number):
@@ -150,7 +150,7 @@ def _covered(names, counts, where, number, lengths, begin, n):  # type: ignore[n
 
 
 @njit(nogil=True, cache=True)
-def _ngrams(offsets, hashes, lengths, totals, overlapping, tops, duplicates):  # type: ignore[no-untyped-def]
+def _ngrams(offsets, hashes, lengths, totals, overlapping, tops, duplicates):
     largest = np.int64(0)
     for document in range(len(totals)):
         largest = max(largest, offsets[document + 1] - offsets[document])

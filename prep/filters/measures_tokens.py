@@ -65,7 +65,7 @@ def only_words(words: Words) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 @njit(nogil=True, cache=True)
-def _tokens(data, offsets, start, stop, characters, kind, hashes, stop_table, shift, found):  # type: ignore
+def _tokens(data, offsets, start, stop, characters, kind, hashes, stop_table, shift, found):
     for document in range(found.shape[1]):
         words = letters = hash_signs = dots = alphabetic = left_out = np.int64(0)
         stops = np.uint64(0)
@@ -123,7 +123,7 @@ def _tokens(data, offsets, start, stop, characters, kind, hashes, stop_table, sh
 
 
 @njit(nogil=True, cache=True)
-def _chunks(data, offsets, start, stop, characters, kind, lower, stop_table, shift, found):  # type: ignore
+def _chunks(data, offsets, start, stop, characters, kind, lower, stop_table, shift, found):
     for document in range(found.shape[1]):
         chunks = total = symbols = alphabetic = stops = np.int64(0)
         first_token, end = offsets[document], offsets[document + 1]

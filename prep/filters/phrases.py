@@ -53,7 +53,7 @@ def make_phrases(phrases: Sequence[str]) -> Phrases:
 
 
 @njit(nogil=True, cache=True)
-def phrases_at(data, a, b, at, bits, phrases):  # type: ignore[no-untyped-def]
+def phrases_at(data, a, b, at, bits, phrases):
     """Which of the phrases `bits` stand in [a, b) with their anchor at byte `at`, as bits."""
     found = np.uint32(0)
     number = 0
@@ -69,7 +69,7 @@ def phrases_at(data, a, b, at, bits, phrases):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def find_phrases(data, a, b, phrases):  # type: ignore[no-untyped-def]
+def find_phrases(data, a, b, phrases):
     """Bits of the phrases that stand in [a, b)."""
     found = np.uint32(0)
     for at in range(a, b - 1):

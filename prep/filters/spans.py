@@ -65,7 +65,7 @@ def load_eight(context: Any, data: Any, at: Any) -> Any:
 
 
 @njit(nogil=True, cache=True)
-def next_newline(data, at, end):  # type: ignore[no-untyped-def]
+def next_newline(data, at, end):
     """The first newline in [at, end), or end; eight bytes at a time."""
     while at + 8 <= end:
         word = load_eight(data, at) ^ _NEWLINES
@@ -78,7 +78,7 @@ def next_newline(data, at, end):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def next_break(data, at, end, stops):  # type: ignore[no-untyped-def]
+def next_break(data, at, end, stops):
     """The first line break of `str.splitlines` in [at, end), or end; and its bytes. `stops` is `breaks()`."""
     while at < end:
         if at + 8 <= end:
@@ -96,7 +96,7 @@ def next_break(data, at, end, stops):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def break_size(data, at, end):  # type: ignore[no-untyped-def]
+def break_size(data, at, end):
     """Bytes of the line break (of `str.splitlines`) at a byte for which `breaks` holds; 0: none."""
     byte = data[at]
     if byte == 0x0D:
@@ -109,7 +109,7 @@ def break_size(data, at, end):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def skip_spaces(data, a, b, table):  # type: ignore[no-untyped-def]
+def skip_spaces(data, a, b, table):
     """First byte in [a, b) that is not part of white space, or b."""
     while a < b:
         code, size = decode(data, a)
@@ -120,7 +120,7 @@ def skip_spaces(data, a, b, table):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def last_start(data, a, b):  # type: ignore[no-untyped-def]
+def last_start(data, a, b):
     """First byte of the last character in [a, b), which is not empty."""
     at = b - 1
     while at > a and data[at] & 0xC0 == 0x80:
@@ -129,7 +129,7 @@ def last_start(data, a, b):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def cut_spaces(data, a, b, table):  # type: ignore[no-untyped-def]
+def cut_spaces(data, a, b, table):
     """The end of [a, b) without the white space at its end."""
     while b > a:
         at = last_start(data, a, b)
@@ -141,7 +141,7 @@ def cut_spaces(data, a, b, table):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def count_characters(data, a, b):  # type: ignore[no-untyped-def]
+def count_characters(data, a, b):
     """Code points in [a, b)."""
     number = np.int64(0)
     for at in range(a, b):
@@ -150,7 +150,7 @@ def count_characters(data, a, b):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def hash_span(data, a, b):  # type: ignore[no-untyped-def]
+def hash_span(data, a, b):
     """A 64-bit hash of the bytes in [a, b), eight at a time."""
     value = np.uint64(b - a) * _FACTOR
     at = a
@@ -168,7 +168,7 @@ def hash_span(data, a, b):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def ends_in_dots(data, a, b):  # type: ignore[no-untyped-def]
+def ends_in_dots(data, a, b):
     """Whether [a, b) ends in "..." or "…"."""
     if b - a < 3:
         return False
@@ -178,7 +178,7 @@ def ends_in_dots(data, a, b):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def same_letters(data, a, b, phrase, size):  # type: ignore[no-untyped-def]
+def same_letters(data, a, b, phrase, size):
     """Whether [a, b) begins with a phrase of `size` lower-case ASCII bytes, whatever the case of its ASCII letters."""
     if b - a < size:
         return False
@@ -192,7 +192,7 @@ def same_letters(data, a, b, phrase, size):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def insert(table, used, key):  # type: ignore[no-untyped-def]
+def insert(table, used, key):
     """Look up a key in an open-addressing table of uint64 (0: free) that has a power of two of places, and add it.
 
     Bit 0 of an entry says whether its key came more than once.
