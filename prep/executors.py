@@ -41,13 +41,12 @@ class Executor(Protocol):
         ...
 
 
-def open_executor(name: str = "local", workers: int = 0, address: str | None = None) -> AbstractContextManager[Any]:
+def open_executor(name: str = "local", workers: int = 0) -> AbstractContextManager[Any]:
     """An executor for the length of a `with` block.
 
     Args:
-        name: "local" or "ray".
+        name: "local", or "ray": the cluster that RAY_ADDRESS names, else one on this machine.
         workers: processes; 0: one per core of this machine, or all that the cluster has.
-        address: of a running Ray cluster; None: the one that RAY_ADDRESS names, else one on this machine.
 
     Raises:
         UserError: unknown executor, or Ray is not installed.
@@ -55,7 +54,7 @@ def open_executor(name: str = "local", workers: int = 0, address: str | None = N
     if name not in EXECUTORS:
         raise UserError(f"--executor: {unknown_name('executor', name, EXECUTORS)}")
     if name == "ray":
-        return RayExecutor(workers, address)
+        return RayExecutor(workers)
     return LocalExecutor(workers or count_cores())
 
 
@@ -114,13 +113,13 @@ class RayExecutor:
     A task whose worker dies is tried again by Ray; parts are written whole or not at all, so nothing comes twice.
     """
 
-    def __init__(self, workers: int, address: str | None) -> None:
+    def __init__(self, workers: int) -> None:
         try:
             import ray
         except ImportError:
             raise UserError("--executor ray needs Ray: pip install 'minigpt[ray]'") from None
         self._ray = ray
-        self._wanted, self._address = workers, address or os.environ.get("RAY_ADDRESS")
+        self._wanted, self._address = workers, os.environ.get("RAY_ADDRESS")
         self.workers = workers
 
     def __enter__(self) -> RayExecutor:

@@ -5,6 +5,9 @@ run of one and the same character that is neither WORD nor SPACE: "...", "--", "
 
     "It's 5 a.m. ..."  ->  It ' s 5 a . m . ...
 
+`decode` and `mix` are built into the kernels of other files: after a change of theirs, remove the `__pycache__` folders
+of prep, for numba's cache does not see it.
+
 The hash of a token is FNV-1a (64 bits) over its code points, finished with the mixing steps of MurmurHash3's `fmix64`.
 """
 

@@ -13,7 +13,7 @@ import xxhash
 from numba import njit
 
 from prep.characters import SPACE, classes, lower
-from prep.words import text_buffers
+from prep.words import decode, text_buffers
 
 _SPACE, _BLANK = np.uint8(SPACE), np.uint8(0x20)
 
@@ -57,20 +57,6 @@ def find_copies(digests: np.ndarray, ranks: np.ndarray) -> np.ndarray:
     return keeper
 
 
-@njit(nogil=True, cache=True, inline="always")
-def _decode(data: np.ndarray, at: int) -> tuple[np.int32, int]:
-    """As `prep.words.decode`; kernels that call each other live in one file."""
-    first = np.int32(data[at])
-    if first < 0x80:
-        return first, 1
-    if first < 0xE0:
-        return (first & 0x1F) << 6 | (data[at + 1] & 0x3F), 2
-    if first < 0xF0:
-        return (first & 0x0F) << 12 | np.int32(data[at + 1] & 0x3F) << 6 | (data[at + 2] & 0x3F), 3
-    high = (first & 0x07) << 18 | np.int32(data[at + 1] & 0x3F) << 12
-    return high | np.int32(data[at + 2] & 0x3F) << 6 | (data[at + 3] & 0x3F), 4
-
-
 @njit(nogil=True, cache=True)
 def _normalise(
     data: np.ndarray, offsets: np.ndarray, table: np.ndarray, small: np.ndarray, out: np.ndarray, ends: np.ndarray
@@ -91,7 +77,7 @@ def _normalise(
                 before = letter
                 at += 1
                 continue
-            code, size = _decode(data, at)
+            code, size = decode(data, at)
             at += size
             if table[code] & _SPACE:
                 out[n] = _BLANK

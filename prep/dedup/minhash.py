@@ -21,7 +21,7 @@ import pyarrow as pa
 from numba import njit
 
 from prep.characters import WORD, classes, lower
-from prep.words import FNV_PRIME, FNV_START, MIX_1, MIX_2, text_buffers
+from prep.words import FNV_PRIME, FNV_START, MIX_1, MIX_2, decode, mix, text_buffers
 
 SHINGLE_WORDS = 5
 PERMUTATIONS = 128
@@ -96,20 +96,6 @@ def make_shingles(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     return hashes[: ends[-1]].copy(), ends
 
 
-@njit(nogil=True, cache=True, inline="always")
-def _decode(data: np.ndarray, at: int) -> tuple[np.int32, int]:
-    """As `prep.words.decode`; kernels that call each other live in one file."""
-    first = np.int32(data[at])
-    if first < 0x80:
-        return first, 1
-    if first < 0xE0:
-        return (first & 0x1F) << 6 | (data[at + 1] & 0x3F), 2
-    if first < 0xF0:
-        return (first & 0x0F) << 12 | np.int32(data[at + 1] & 0x3F) << 6 | (data[at + 2] & 0x3F), 3
-    high = (first & 0x07) << 18 | np.int32(data[at + 1] & 0x3F) << 12
-    return high | np.int32(data[at + 2] & 0x3F) << 6 | (data[at + 3] & 0x3F), 4
-
-
 @njit(nogil=True, cache=True)
 def _ascii(table: np.ndarray, small: np.ndarray) -> np.ndarray:
     """The lower case of ASCII, 0 for what is not of a word, uint8 [128]."""
@@ -118,13 +104,6 @@ def _ascii(table: np.ndarray, small: np.ndarray) -> np.ndarray:
         if table[code] & _WORD:
             found[code] = small[code]
     return found
-
-
-@njit(nogil=True, cache=True, inline="always")
-def _mix(value: np.uint64) -> np.uint64:
-    value = (value ^ (value >> _SHIFT)) * _MIX_1
-    value = (value ^ (value >> _SHIFT)) * _MIX_2
-    return value ^ (value >> _SHIFT)
 
 
 @njit(nogil=True, cache=True)
@@ -157,17 +136,17 @@ def _shingles(
                     break
                 word = (word ^ np.uint64(letter)) * _PRIME
             else:
-                code, size = _decode(data, position)
+                code, size = decode(data, position)
                 position += size
                 if not table[code] & _WORD:
                     break
                 word = (word ^ np.uint64(small[code])) * _PRIME
         if word == _START:
             continue
-        e = _mix(word)
+        e = mix(word)
         seen += np.uint64(1)
         if seen >= SHINGLE_WORDS:
-            out[n] = _mix(((((begin + a) * _P + b) * _P + c) * _P + d) * _P + e)
+            out[n] = mix(((((begin + a) * _P + b) * _P + c) * _P + d) * _P + e)
             n += 1
         a, b, c, d = b, c, d, e
     if position >= end and 0 < seen < SHINGLE_WORDS:
@@ -178,7 +157,7 @@ def _shingles(
             value = value * _P + b
         if seen > 1:
             value = value * _P + c
-        out[n] = _mix(value * _P + d)
+        out[n] = mix(value * _P + d)
         n += 1
     state[0], state[1], state[2], state[3], state[4] = a, b, c, d, seen
     return position, n
@@ -238,8 +217,8 @@ def _band_keys(signatures: np.ndarray, rows: int, keys: np.ndarray) -> None:
         for band in range(len(keys)):
             value = np.uint64(band + 1) * _P
             for row in range(rows):
-                value = _mix(value ^ np.uint64(signatures[document, band * rows + row])) * _P
-            value = _mix(value)
+                value = mix(value ^ np.uint64(signatures[document, band * rows + row])) * _P
+            value = mix(value)
             keys[band, document] = np.uint64(0) if empty else max(value, np.uint64(1))
 
 

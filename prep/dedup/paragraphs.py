@@ -19,7 +19,7 @@ import pyarrow as pa
 from numba import njit
 
 from prep.characters import SPACE, classes, lower
-from prep.words import FNV_PRIME, FNV_START, MIX_1, MIX_2, text_buffers
+from prep.words import FNV_PRIME, FNV_START, MIX_1, MIX_2, decode, mix, text_buffers
 
 Level = Literal["paragraph", "line"]
 MIN_CHARACTERS = 40  # shorter ones are headings, list items, dialogue: natural repetition
@@ -115,27 +115,6 @@ def cut_units(texts: pa.Array, units: Units, gone: np.ndarray) -> Cut:
     return Cut(left.cast(texts.type), share, np.diff(number))
 
 
-@njit(nogil=True, cache=True, inline="always")
-def _decode(data: np.ndarray, at: int) -> tuple[np.int32, int]:
-    """As `prep.words.decode`; kernels that call each other live in one file."""
-    first = np.int32(data[at])
-    if first < 0x80:
-        return first, 1
-    if first < 0xE0:
-        return (first & 0x1F) << 6 | (data[at + 1] & 0x3F), 2
-    if first < 0xF0:
-        return (first & 0x0F) << 12 | np.int32(data[at + 1] & 0x3F) << 6 | (data[at + 2] & 0x3F), 3
-    high = (first & 0x07) << 18 | np.int32(data[at + 1] & 0x3F) << 12
-    return high | np.int32(data[at + 2] & 0x3F) << 6 | (data[at + 3] & 0x3F), 4
-
-
-@njit(nogil=True, cache=True, inline="always")
-def _mix(value: np.uint64) -> np.uint64:
-    value = (value ^ (value >> _SHIFT)) * _MIX_1
-    value = (value ^ (value >> _SHIFT)) * _MIX_2
-    return value ^ (value >> _SHIFT)
-
-
 @njit(nogil=True, cache=True)
 def _split(
     data: np.ndarray,
@@ -158,10 +137,10 @@ def _split(
             if at == end:
                 closes, code, size = length > 0, np.int32(0x0A), 1
             else:
-                code, size = _decode(data, at)
+                code, size = decode(data, at)
                 closes = code == 0x0A and length > 0 and (breaks > 0 or not paragraphs)
             if closes:
-                hashes[n] = max(_mix(value), np.uint64(1))
+                hashes[n] = max(mix(value), np.uint64(1))
                 characters[n] = length
                 n += 1
                 value, length, space, breaks = _START, 0, False, 0
