@@ -46,7 +46,8 @@ class KeyValueCache:
             For each of the states a view [batch, self.length, ...] of the cache.
         """
         batch, length = position_ids.shape
-        assert batch == self.batch and self.length <= self.capacity, (batch, self.batch, self.length, self.capacity)
+        assert batch == self.batch, (batch, self.batch)
+        assert length <= self.length <= self.capacity, (length, self.length, self.capacity)
         kept = self._layers.get(layer)
         if kept is None:
             # Zeros, not empty memory: a weight of 0 on a hidden slot does not hide a NaN in its value.
