@@ -227,7 +227,7 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
     Raises:
         UserError: a file of it is missing or damaged, or it is of another model.
     """
-    _read(checkpoint, {"model": dict(model.named_parameters())}, None)
+    _read(checkpoint, {"model": _weights(model)}, None)
 
 
 def _read(checkpoint: Path, tensors: dict[str, Any], ranks: Ranks | None) -> None:
@@ -254,21 +254,21 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 
-def _parameters(model: nn.Module) -> dict[str, Tensor]:
-    """The weights by name, as they rest: sharded, float32."""
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters, and the routers' correction biases, by name, as they rest: sharded, float32."""
     if isinstance(model, FSDPModule):
         model.reshard()  # validation leaves the weights outside of the blocks gathered, in the compute dtype
-    return dict(model.named_parameters())
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def _tensors(model: nn.Module, optimizer: AdamW) -> dict[str, Any]:
-    return {"model": _parameters(model), "optimizer": optimizer.state_dict()}
+    return {"model": _weights(model), "optimizer": optimizer.state_dict()}
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """Hash over all parameters by name, independent of the layout; every rank must call it."""
+    """Hash over all weights by name, independent of the layout; every rank must call it."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(_parameters(model).items()):
+    for name, parameter in sorted(_weights(model).items()):
         tensor = parameter.detach()
         if isinstance(tensor, DTensor):
             tensor = tensor.full_tensor()

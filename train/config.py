@@ -27,20 +27,29 @@ class ExperimentSection(Settings):
 
 
 class ModelSection(Settings):
-    """The model: a file (`config_path`) or its fields inline (`config`), with `overrides` on top."""
+    """The model: a file (`config_path`) or its fields inline (`config`), with `overrides` on top.
 
-    type: str
+    With `from_pretrained` training starts from the weights of a Hugging Face folder, whose config.json is the model
+    file where no other is given.
+    """
+
+    type: str | None = None  # family or model_type, to be sure that the file is of it; None: whatever it is
     config_path: str | None = None
     config: dict[str, Any] | None = None
-    from_scratch: bool = True
+    from_scratch: bool | None = None
+    from_pretrained: str | None = None
     overrides: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSection:
-        if (self.config_path is None) == (self.config is None):
-            raise ValueError("give either config_path (a model file) or config (its fields)")
-        if not self.from_scratch:
-            raise ValueError("from_scratch: false needs weights to start from; only true is supported")
+        if self.config_path is not None and self.config is not None:
+            raise ValueError("give either config_path (a model file) or config (its fields), not both")
+        if self.config_path is None and self.config is None and self.from_pretrained is None:
+            raise ValueError("give config_path (a model file), config (its fields) or from_pretrained (a folder)")
+        if self.from_scratch is False and self.from_pretrained is None:
+            raise ValueError("from_scratch: false needs weights to start from: from_pretrained, a Hugging Face folder")
+        if self.from_scratch and self.from_pretrained is not None:
+            raise ValueError("from_scratch: true and from_pretrained contradict each other")
         return self
 
 

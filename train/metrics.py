@@ -32,12 +32,12 @@ class MetricsLog:
         """Append one row, which has a `step`."""
         self._file.write(orjson.dumps(row) + b"\n")  # NaN, which JSON does not have, becomes null
         self._file.flush()
-        numbers = {key: value for key, value in flatten(row).items() if key != "step"}
+        values = {key: value for key, value in flatten(row).items() if key != "step"}
         if self._tensorboard is not None:
-            for key, value in numbers.items():
+            for key, value in values.items():
                 self._tensorboard.add_scalar(key, value, row["step"])
         if self._wandb is not None:
-            self._wandb.log(numbers, step=row["step"])
+            self._wandb.log(values, step=row["step"])
 
     def sync(self) -> None:
         """Make all rows durable; a checkpoint does this before it is published."""
@@ -73,6 +73,11 @@ def flatten(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
         elif isinstance(value, int | float):
             flat[prefix + key] = value
     return flat
+
+
+def numbers(values: dict[str, Any]) -> dict[str, Any]:
+    """The same nested values with every tensor [] fetched from its device."""
+    return {key: numbers(value) if isinstance(value, dict) else value.item() for key, value in values.items()}
 
 
 def duration(seconds: float) -> str:

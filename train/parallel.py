@@ -68,8 +68,11 @@ def shard(model: BaseModelForCausalLM, ranks: Ranks) -> None:
 def initialize(model: BaseModelForCausalLM, seed: int, ranks: Ranks) -> None:
     """Fill all parameters, each from (seed, name) alone: the same values at any world size and layout.
 
-    Vectors are ones (norms) or zeros (biases); matrices are normal with `model.initial_std`, drawn on the CPU.
+    Buffers (the routers' correction biases) are zeros, vectors ones (norms) or zeros (biases); matrices are normal
+    with `model.initial_std`, drawn on the CPU.
     """
+    for buffer in model.buffers():
+        buffer.zero_()
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)

@@ -17,6 +17,7 @@ from train.checkpoint import Checkpoints, RunState, differences
 from train.config import ExperimentConfig
 from train.distributed import Ranks
 from train.models import BaseModelConfig, BaseModelForCausalLM, ModelRegistry
+from train.models.hf import load_hf_weights
 from train.optim import AdamW
 from train.run_folder import RunFolder
 
@@ -44,6 +45,11 @@ class Setup:
     ending: str
     checkpoints: Checkpoints
     checkpoint: Path | None
+
+    @property
+    def fills(self) -> bool:
+        """Whether the weights are drawn from the seed: no checkpoint and no pretrained model sets them."""
+        return self.checkpoint is None and self.config.model.from_pretrained is None
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share."""
@@ -78,7 +84,7 @@ class Setup:
         )
 
     def resume(self, model: BaseModelForCausalLM, optimizer: AdamW, run: RunFolder) -> RunState:
-        """Load the checkpoint to resume from, if there is one, and say what the run will do.
+        """Load the checkpoint to resume from or the pretrained weights, if there are any, and say what the run will do.
 
         Raises:
             UserError: the checkpoint belongs to a different run, or is damaged.
@@ -92,6 +98,8 @@ class Setup:
                     f"{self.checkpoint} stands at step {state.step:,}, but {self.ending}; raise that, or start anew"
                 )
             self.checkpoints.load(self.checkpoint, model, optimizer)
+        elif self.config.model.from_pretrained is not None:
+            load_hf_weights(model, Path(self.config.model.from_pretrained))
         if not self.ranks.agree(state.step):
             raise UserError(
                 f"{self.checkpoints.folder}: the ranks see different checkpoints; do they all share this file system?"
@@ -121,9 +129,12 @@ class Setup:
             f"the ranks share a step as {self.ranks.world_size} rank(s) x {self.accumulation} micro-batch(es) "
             f"x {config.training.batch_size} windows"
         )
+        run.say(f"attention: {self.model.attention_kernel(self.ranks.device, documents=config.data.document_mask)}")
         for warning in summarize(self.plan)["warnings"]:
             run.say(f"note: {warning}")
         if self.checkpoint is None:
+            if config.model.from_pretrained is not None:
+                run.say(f"starting from the weights in {config.model.from_pretrained}")
             return
         run.say(f"resuming from {self.checkpoint} at step {state.step}")
         if previous := run.previous_config():
@@ -177,15 +188,17 @@ def prepare(config: ExperimentConfig, ranks: Ranks) -> Setup:
 def load_model_config(config: ExperimentConfig) -> BaseModelConfig:
     """The model's configuration: the file or the inline fields, with the overrides on top."""
     section = config.model
-    if section.config_path is not None:
-        model_config = ModelRegistry.load_config(section.config_path, section.overrides)
-    else:
-        fields = {"model_type": section.type, **(section.config or {}), **section.overrides}
+    path = section.config_path
+    if section.config is not None:
+        fields = {"model_type": section.type, **section.config, **section.overrides}
         model_config = ModelRegistry.parse_config(fields, "model.config")
-    if model_config.model_type != section.type:
-        raise UserError(
-            f"model.type is {section.type}, but {section.config_path} describes model_type {model_config.model_type}"
-        )
+    else:
+        path = path or f"{section.from_pretrained}/config.json"
+        model_config = ModelRegistry.load_config(path, section.overrides)
+    found = model_config.model_type
+    if section.type not in (None, found, ModelRegistry.family_of(found, "model")):
+        ModelRegistry.family_of(str(section.type), "model.type")
+        raise UserError(f"model.type is {section.type}, but {path or 'model.config'} describes model_type {found}")
     return model_config
 
 

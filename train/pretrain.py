@@ -24,8 +24,9 @@ from train.checkpoint import weights_sha256
 from train.config import ExperimentConfig, load_experiment
 from train.distributed import Ranks, start_ranks
 from train.evaluate import Validation
-from train.metrics import MetricsLog, Speed, read_metrics
-from train.models import BaseModelForCausalLM
+from train.experts import ExpertBalance
+from train.metrics import MetricsLog, Speed, numbers, read_metrics
+from train.models import BaseModelForCausalLM, ModelOutput
 from train.optim import AdamW
 from train.parallel import delay_reduction, parallelize, reduce_gradients
 from train.plot import plot_losses
@@ -44,7 +45,7 @@ def pretrain(config: ExperimentConfig, ranks: Ranks) -> None:
     plan, total_steps = setup.plan, setup.total_steps
     run = RunFolder(Path(config.checkpointing.output_dir), ranks)
     model: BaseModelForCausalLM = setup.model
-    parallelize(model, config, ranks, fill=setup.checkpoint is None)
+    parallelize(model, config, ranks, fill=setup.fills)
     optimizer = AdamW(model, config.training)
     validation = Validation(config.evaluation, plan, config.training.batch_size, config.data.document_mask, ranks)
     state = setup.resume(model, optimizer, run)
@@ -64,6 +65,7 @@ def pretrain(config: ExperimentConfig, ranks: Ranks) -> None:
     )
     log = MetricsLog(run.path, config, setup.past_steps(state)) if ranks.is_first else None
     speed = Speed(state.step, total_steps, setup.global_batch * plan.seq_len)
+    experts = ExpertBalance(model, ranks)
     skipped = torch.tensor(float(state.skipped_steps), device=ranks.device)
     reported = state.skipped_steps
 
@@ -77,8 +79,8 @@ def pretrain(config: ExperimentConfig, ranks: Ranks) -> None:
         start = time.perf_counter()
         metrics = validation.run(model)
         write(metrics)
-        numbers = "  ".join(f"{key} {value:.4f}" for key, value in metrics.items() if key != "val")
-        run.say(f"step {step:>6}  {numbers}")
+        values = "  ".join(f"{key} {value:.4f}" for key, value in metrics.items() if key != "val")
+        run.say(f"step {step:>6}  {values}")
         speed.pause(time.perf_counter() - start)
 
     def save() -> None:
@@ -102,18 +104,22 @@ def pretrain(config: ExperimentConfig, ranks: Ranks) -> None:
         loss = torch.zeros((), device=ranks.device)
         for index, batch in enumerate(batches):
             delay_reduction(model, index < len(batches) - 1)
-            part = batch_loss(model, batch, ranks) / tokens
-            part.backward()
-            loss += part.detach()
+            output = forward(model, batch, ranks)
+            assert output.loss is not None
+            (output.objective / tokens).backward()
+            loss += output.loss.detach() / tokens
+            experts.add(output, tokens)
         reduce_gradients(model, ranks)
         norm, bad = optimizer.step(rate)
         skipped += bad
+        balance = experts.finish_step(bad)
 
         last = step == total_steps
         if step % config.logging.log_steps == 0 or last:
             ranks.sum_(loss)
             tokens_per_second, left = speed.measure(step)
             row = {"loss": loss.item(), "lr": rate, "grad_norm": norm.item(), "tokens_per_second": tokens_per_second}
+            row |= numbers(balance)
             write({"next_sample": loader.next_sample, **row, "skipped_steps": int(skipped.item())})
             if skipped.item() > reported:
                 reported = int(skipped.item())
@@ -136,18 +142,20 @@ def pretrain(config: ExperimentConfig, ranks: Ranks) -> None:
         finish(run, model, setup)
 
 
-def batch_loss(model: BaseModelForCausalLM, batch: Batch, ranks: Ranks) -> torch.Tensor:
-    """Loss of a micro-batch, summed over its tokens."""
-    positions = batch.position_ids
-    output = model(
-        batch.input_ids.to(ranks.device, non_blocking=True),
-        labels=batch.labels.to(ranks.device, non_blocking=True),
-        position_ids=None if positions is None else positions.to(ranks.device, non_blocking=True),
-        mask_documents=positions is not None,
+def forward(model: BaseModelForCausalLM, batch: Batch, ranks: Ranks) -> ModelOutput:
+    """Losses of a micro-batch, summed over its tokens."""
+
+    def move(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor.to(ranks.device, non_blocking=True)
+
+    return model(
+        move(batch.input_ids),
+        labels=move(batch.labels),
+        position_ids=move(batch.position_ids),
+        cu_seqlens=move(batch.cu_seqlens),
+        mask_documents=batch.position_ids is not None,
         reduction="sum",
     )
-    assert output.loss is not None
-    return output.loss
 
 
 def finish(run: RunFolder, model: BaseModelForCausalLM, setup: Setup) -> None:

@@ -1,4 +1,4 @@
-"""The decoder that the families share, and what every model offers: loss, logits, generation, parameter count.
+"""The decoder that the families share, and what every model offers: loss, logits, generation, parameter counts.
 
 A family file states a configuration and its blocks; everything here is independent of the family.
 """
@@ -7,68 +7,77 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from shards.settings import Settings
 from train.loss import IGNORE_INDEX, loss_and_gradient, summed_loss, token_losses
-from train.models.attention import KeyValueCache, causal_mask, document_mask
+from train.models.attend import Kernel, choose_kernel
+from train.models.base_config import BaseModelConfig
+from train.models.cache import KeyValueCache
 from train.models.linear import RMSNorm
-from train.models.rope import rotary_angles
-
-# Keys of a Hugging Face config.json that say nothing about the architecture or that this code fixes.
-INERT_KEYS = {
-    *("_name_or_path", "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "use_cache"),
-    *("pretraining_tp", "bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout"),
-}
-
-
-class BaseModelConfig(Settings):
-    """What every family's model file holds; names are Hugging Face's, so a config.json is a valid model file."""
-
-    model_type: str
-    vocab_size: PositiveInt
-    hidden_size: PositiveInt
-    num_hidden_layers: PositiveInt
-    max_position_embeddings: PositiveInt
-    rms_norm_eps: PositiveFloat = 1e-5
-    initializer_range: PositiveFloat = 0.02
-    tie_word_embeddings: bool = False
-    use_flash_attention: bool = True
-    gradient_checkpointing: bool = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_inert_keys(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        if data.get("attention_dropout"):
-            raise ValueError(f"attention_dropout {data['attention_dropout']} is not supported; set it to 0")
-        return {key: value for key, value in data.items() if key not in INERT_KEYS}
+from train.models.moe import MixtureOfExperts, Routing
+from train.models.positions import Positions, cache_mask, causal_mask, document_borders, document_mask, padding_mask
+from train.models.rope import inverse_frequencies, rotary_angles
 
 
 @dataclass
 class ModelOutput:
-    """`loss` where labels were given, else `logits` [batch, length, vocab]."""
+    """What a pass gives.
+
+    Attributes:
+        loss: cross-entropy, where labels were given.
+        logits: float32 [batch, length or 1, vocab], where they were not.
+        balance_loss: of the experts, weighted as it is to be added to the loss; None where there is none.
+        expert_load: float32 [moe layers, experts], how many token slots each expert was given; None without experts.
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
+    balance_loss: Tensor | None = None
+    expert_load: Tensor | None = None
+
+    @property
+    def objective(self) -> Tensor:
+        """What training minimises: the loss and, with experts, their balance loss."""
+        assert self.loss is not None
+        return self.loss if self.balance_loss is None else self.loss + self.balance_loss
+
+
+class DecoderBlock(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); the mlp may be a mixture of experts."""
+
+    def __init__(self, config: BaseModelConfig, attention: nn.Module, mlp: nn.Module) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = attention
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = mlp
+
+    def forward(
+        self, x: Tensor, positions: Positions, cache: KeyValueCache | None = None, layer: int = 0
+    ) -> tuple[Tensor, Routing | None]:
+        """[batch, length, hidden] -> the same, and what the router did."""
+        x = x + self.self_attn(self.input_layernorm(x), positions, cache, layer)
+        out = self.mlp(self.post_attention_layernorm(x))
+        if isinstance(out, tuple):
+            return x + out[0], out[1]
+        return x + out, None
 
 
 class BaseModelForCausalLM(nn.Module):
-    """Embedding, blocks, final norm and head; a family gives the blocks and the rotary frequencies.
+    """Embedding, blocks, final norm and head; a family gives the blocks.
 
-    Parameters are created on the default device without values worth keeping: `initialize` fills them.
+    Parameters are created on the default device without values worth keeping: `parallel.initialize` fills them.
     """
 
-    residual_outputs: ClassVar[tuple[str, ...]] = ("o_proj.weight", "down_proj.weight")
+    # Matrices that write into the residual stream.
+    residual_outputs: ClassVar[tuple[str, ...]] = ("o_proj.weight", "down_proj.weight", "experts.down_proj")
 
-    def __init__(self, config: BaseModelConfig, layers: list[nn.Module]) -> None:
+    def __init__(self, config: BaseModelConfig, layers: list[DecoderBlock]) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -77,12 +86,12 @@ class BaseModelForCausalLM(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.compute_dtype = torch.float32  # of the activations; parameters keep their own
-        self._frequencies: dict[torch.device, Tensor] = {}
         self.loss_kernel: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = loss_and_gradient
+        self._frequencies: dict[torch.device, Tensor] = {}
 
     def rotary_frequencies(self) -> Tensor:
-        """Float32 [rotary_dim / 2], given by the family."""
-        raise NotImplementedError
+        """Float32 [rotary_dim / 2]; a family that turns a part of each head only gives its own."""
+        return inverse_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
 
     @property
     def head(self) -> Tensor:
@@ -96,45 +105,122 @@ class BaseModelForCausalLM(nn.Module):
         labels: Tensor | None = None,
         *,
         position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         mask_documents: bool = False,
         cache: KeyValueCache | None = None,
+        logits_at: Tensor | None = None,
         reduction: str = "mean",
     ) -> ModelOutput:
         """One pass over a batch.
 
         Args:
             input_ids: int64 [batch, length].
-            attention_mask: [batch, keys], 0 for padding (keys = cached tokens + length).
+            attention_mask: [batch, length], 0 for padding; not together with a cache.
             labels: int64 [batch, length]; labels[t] is the target of input_ids[t], nothing is shifted; -100 is ignored.
-            position_ids: int64 [batch, length]; counted from the cache's end if not given.
+            position_ids: int64 [batch, length]; 0, 1, … or, with a cache, on from its length if not given.
+            cu_seqlens: int32 [pieces + 1], borders of the documents in the flattened batch, if they are known.
             mask_documents: attend within documents only, which begin where `position_ids` is 0.
             cache: keys and values of earlier tokens, extended in place.
+            logits_at: int64 [batch], the one position of each row whose logits are wanted; None: all.
             reduction: of the loss over the valid labels: "mean", "sum", or "none" for float32 [batch, length]
                 without gradient.
         """
         batch, length = input_ids.shape
-        past = cache.length if cache else 0
-        if position_ids is None:
-            position_ids = torch.arange(past, past + length, device=input_ids.device).expand(batch, length)
-        if input_ids.device not in self._frequencies:
-            self._frequencies[input_ids.device] = self.rotary_frequencies().to(input_ids.device)
-        cos, sin = rotary_angles(position_ids, self._frequencies[input_ids.device])
-        mask = attention_bias(position_ids, attention_mask, mask_documents, past)
-
+        positions = self._positions(input_ids, attention_mask, position_ids, cu_seqlens, mask_documents, cache)
         x = self.embed_tokens(input_ids).to(self.compute_dtype)
+        routings: list[Routing] = []
         for index, layer in enumerate(self.layers):
             if self.config.gradient_checkpointing and self.training and cache is None:
-                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)
+                x, routing = checkpoint(layer, x, positions, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, mask, cache, index)
+                x, routing = layer(x, positions, cache, index)
+            if routing is not None:
+                routings.append(routing)
+        if logits_at is not None:
+            x = x[torch.arange(batch, device=x.device), logits_at][:, None]
         x = self.norm(x)
+        load = torch.stack([routing.load for routing in routings]) if routings else None
         if labels is None:
-            return ModelOutput(logits=F.linear(x, self.head.to(x.dtype)).float())
+            return ModelOutput(logits=F.linear(x, self.head.to(x.dtype)).float(), expert_load=load)
         flat_x, flat_labels = x.flatten(0, 1), labels.flatten()
         if reduction == "none":
-            return ModelOutput(loss=token_losses(flat_x, self.head, flat_labels).view(batch, length))
+            return ModelOutput(token_losses(flat_x, self.head, flat_labels).view(batch, length), expert_load=load)
         loss = summed_loss(flat_x, self.head, flat_labels, self.loss_kernel)
-        return ModelOutput(loss=loss / (labels != IGNORE_INDEX).sum() if reduction == "mean" else loss)
+        balance = self._balance_loss(routings, labels)
+        if reduction == "mean":
+            valid = (labels != IGNORE_INDEX).sum()
+            loss, balance = loss / valid, None if balance is None else balance / valid
+        return ModelOutput(loss, balance_loss=balance, expert_load=load)
+
+    def attention_kernel(self, device: torch.device, *, documents: bool) -> Kernel:
+        """The attention kernel for this model on `device`, with or without a document mask."""
+        return choose_kernel(
+            device,
+            self.compute_dtype,
+            *self.config.attention_head_dims,
+            documents=documents,
+            flash=self.config.use_flash_attention,
+        )
+
+    def _positions(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cu_seqlens: Tensor | None,
+        mask_documents: bool,
+        cache: KeyValueCache | None,
+    ) -> Positions:
+        (batch, length), device = input_ids.shape, input_ids.device
+        kernel = self.attention_kernel(device, documents=mask_documents).name
+        mask = None
+        if cache is not None:
+            assert attention_mask is None, "rows of a cache are not padded: give position_ids"
+            assert not mask_documents, "a row of a cache is one document"
+            if position_ids is not None:
+                cache.length = int(position_ids.max()) + 1
+                mask = cache_mask(position_ids, cache.length)
+            else:
+                past, cache.length = cache.length, cache.length + length
+                position_ids = torch.arange(past, cache.length, device=device).expand(batch, length)
+                if past and length > 1:
+                    mask = cache_mask(position_ids[:1], cache.length)
+        elif position_ids is None:
+            position_ids = torch.arange(length, device=device).expand(batch, length)
+        if attention_mask is not None:
+            mask = padding_mask(attention_mask)
+        if not mask_documents:
+            cu_seqlens = None
+        elif kernel == "varlen" and mask is None:
+            cu_seqlens = document_borders(position_ids) if cu_seqlens is None else cu_seqlens
+        else:
+            mask = document_mask(position_ids) & (causal_mask(length, length, device) if mask is None else mask)
+        if device not in self._frequencies:
+            self._frequencies[device] = self.rotary_frequencies().to(device)
+        cos, sin = rotary_angles(position_ids, self._frequencies[device])
+        if (scaling := self.config.rope_scaling) is not None and scaling.cos_sin_factor != 1.0:
+            cos, sin = cos * scaling.cos_sin_factor, sin * scaling.cos_sin_factor
+        return Positions(position_ids, cos, sin, mask, cu_seqlens, kernel)
+
+    def _balance_loss(self, routings: list[Routing], labels: Tensor) -> Tensor | None:
+        """Sum over layers and sequences, each sequence weighted by its valid labels as its cross-entropy is."""
+        if not routings or not self.training or not self.config.balance_loss_weight:
+            return None
+        per_sequence = torch.stack([routing.balance for routing in routings]).sum(0)
+        return self.config.balance_loss_weight * (per_sequence * (labels != IGNORE_INDEX).sum(1)).sum()
+
+    def experts(self) -> list[MixtureOfExperts]:
+        """The mixtures of experts, in the order of `expert_load`."""
+        return [module for module in self.modules() if isinstance(module, MixtureOfExperts)]
+
+    def update_router_biases(self, load: Tensor) -> None:
+        """Once per step: let the correction biases follow `load` [moe layers, experts], summed over all ranks.
+
+        Models that are balanced by a loss alone are left as they are.
+        """
+        if self.config.bias_update_rate:
+            for experts, layer_load in zip(self.experts(), load, strict=True):
+                experts.gate.update_correction_bias(layer_load, self.config.bias_update_rate)
 
     def initial_std(self, name: str) -> float:
         """Standard deviation of a weight matrix at the start.
@@ -149,7 +235,14 @@ class BaseModelForCausalLM(nn.Module):
         """Number of parameters; a tied embedding counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    @torch.no_grad()
+    def get_num_active_params(self) -> int:
+        """Parameters that work on one token: of the routed experts only those that it is sent to."""
+        idle = 0
+        for moe in self.experts():
+            routed = sum(parameter.numel() for parameter in moe.experts.parameters())
+            idle += routed - routed * moe.gate.top_k // moe.gate.num_experts
+        return self.get_num_params() - idle
+
     def generate(
         self,
         input_ids: Tensor,
@@ -160,7 +253,7 @@ class BaseModelForCausalLM(nn.Module):
         eos_token_id: int | None = None,
         seed: int = 0,
     ) -> Tensor:
-        """Continue prompts of one length by sampling, with a key/value cache.
+        """Continue prompts of one length; `train.generate` has the engine with everything else.
 
         Args:
             input_ids: int64 [batch, length].
@@ -172,44 +265,8 @@ class BaseModelForCausalLM(nn.Module):
         Returns:
             int64 [batch, <= max_length], the prompts included.
         """
-        max_length = min(max_length, self.config.max_position_embeddings)
-        generator = torch.Generator(input_ids.device).manual_seed(seed)
-        cache = KeyValueCache()
-        ids, new = input_ids, input_ids
-        done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-        while ids.shape[1] < max_length and not done.all():
-            logits = self(new, cache=cache).logits[:, -1]
-            new = sample_token(logits, temperature, top_k, generator)
-            if eos_token_id is not None:
-                new = new.masked_fill(done[:, None], eos_token_id)
-                done |= new[:, 0] == eos_token_id
-            ids = torch.cat((ids, new), dim=1)
-        return ids
+        from train.generate import generate_ids
 
-
-def attention_bias(
-    position_ids: Tensor, attention_mask: Tensor | None, mask_documents: bool, past: int
-) -> Tensor | None:
-    """Bool [batch or 1, 1, length, past + length], true where a query may look; None where plain causal is right."""
-    length = position_ids.shape[1]
-    if attention_mask is None and not mask_documents and (past == 0 or length == 1):
-        return None
-    mask = causal_mask(length, past + length, position_ids.device)
-    if mask_documents:
-        mask = mask & document_mask(position_ids)
-    if attention_mask is not None:
-        # A padding query keeps itself in sight: its output means nothing, but it must not be NaN.
-        itself = torch.eye(length, past + length, dtype=torch.bool, device=mask.device).roll(past, dims=1)
-        mask = mask & attention_mask.bool()[:, None, None, :] | itself
-    return mask
-
-
-def sample_token(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
-    """Draw one token per row of logits [batch, vocab]: int64 [batch, 1]."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    logits = logits / temperature
-    if top_k is not None:
-        threshold = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < threshold, float("-inf"))
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        return generate_ids(
+            self, input_ids, max_length, temperature=temperature, top_k=top_k, eos_token_id=eos_token_id, seed=seed
+        )
