@@ -75,6 +75,7 @@ def _manifest(
             "tokenizer": plan.tokenizer_hash,
             "vocab_size": plan.vocab_size,
             "eos_id": plan.sources[0].dataset.manifest.eos_id,
+            "bos_id": plan.sources[0].dataset.manifest.bos_id,
             "sources": {
                 source.name: {"path": str(source.dataset.path), "fingerprint": source.dataset.fingerprint}
                 for source in plan.sources

@@ -97,7 +97,7 @@ def _read_rope(data: dict[str, Any]) -> dict[str, Any]:
         if "type" in scaling:  # the name before transformers 4.45
             scaling.setdefault("rope_type", scaling.pop("type"))
             scaling.pop("type", None)
-        data["rope_scaling"] = scaling
+        data["rope_scaling"] = None if scaling.get("rope_type") == "default" else scaling
     return data
 
 

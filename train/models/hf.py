@@ -34,11 +34,11 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 class Part(NamedTuple):
-    """A tensor of the hub and where it lies: `hub == ours[index]`; `index` always begins with the rows."""
+    """A tensor of the hub and where it lies: `hub == ours[place]`; `place` always begins with the rows."""
 
     hub: str
     ours: str
-    index: tuple[int | slice, ...]
+    place: tuple[int | slice, ...]
 
 
 def hub_parts(model: BaseModelForCausalLM, stored: Iterable[str] = ()) -> list[Part]:
@@ -167,6 +167,8 @@ def _safetensors_files(directory: Path) -> list[Path]:
 
 
 def _torch_tensors(directory: Path) -> dict[str, Tensor]:
+    if (directory / "checkpoints").is_dir():
+        raise UserError(f"{directory}: this is a run folder; minigpt-export makes a Hugging Face folder of it")
     found = [*sorted(directory.glob("*.pth")), *directory.glob("pytorch_model.bin")]
     if len(found) != 1:
         what = f"{len(found)} weight files ({', '.join(p.name for p in found)})" if found else "no weights"
@@ -192,7 +194,7 @@ def match_parts(model: BaseModelForCausalLM, folder: HubFolder) -> list[Part]:
     """
     parts = hub_parts(model, folder.shapes)
     state = {name: torch.empty(tensor.shape, device="meta") for name, tensor in model.state_dict().items()}
-    wanted = {part.hub: tuple(state[part.ours][part.index].shape) for part in parts}
+    wanted = {part.hub: tuple(state[part.ours][part.place].shape) for part in parts}
     config = model.config
     extra = [name for name in folder.shapes if name not in wanted and not _needless(name, config)]
     missing = [name for name in wanted if name not in folder.shapes]
@@ -250,7 +252,7 @@ def load_hf_weights(model: BaseModelForCausalLM, directory: str | Path) -> None:
 
 def copy_part(folder: HubFolder, part: Part, target: Tensor, first: int = 0) -> None:
     """Copy a part into `target`, which holds the rows of our tensor from `first` on."""
-    rows, *rest = part.index
+    rows, *rest = part.place
     if isinstance(rows, int):
         if first <= rows < first + len(target):
             target[(rows - first, *rest)].copy_(folder.read(part.hub))

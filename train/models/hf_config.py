@@ -22,7 +22,7 @@ def hf_config(config: BaseModelConfig, dtype: str) -> dict[str, Any]:
     """The content of config.json without the ids of special tokens.
 
     Positions are written twice: `rope_theta` and `rope_scaling`, which every reader knows, and `rope_parameters` of
-    transformers 5. What is None is left out, so that the reader's default holds.
+    transformers 5. Fields that are None are left out, except where a reader would put a number in their place.
 
     Args:
         config: of any family.
@@ -32,7 +32,7 @@ def hf_config(config: BaseModelConfig, dtype: str) -> dict[str, Any]:
         UserError: transformers has no architecture that computes this model; the message says why.
     """
     fields = _native_fields({k: v for k, v in config.model_dump(mode="json").items() if k not in _OURS})
-    fields = {key: value for key, value in fields.items() if value is not None}
+    fields = {key: value for key, value in fields.items() if value is not None or key == "q_lora_rank"}
     scaling = _scaling(fields.pop("rope_scaling", None) or {})
     return {
         "architectures": [_ARCHITECTURES[fields["model_type"]]],
@@ -67,6 +67,9 @@ def _native_fields(fields: dict[str, Any]) -> dict[str, Any]:
             return _deepseek_v2(fields)
         case "deepseek_v3":
             return _deepseek_v3(fields)
+        case "qwen2" | "qwen3":
+            experts = ("norm_topk_prob", "router_aux_loss_coef")
+            return {key: value for key, value in fields.items() if key not in experts}
         case name if name not in _ARCHITECTURES:
             raise _none_for(f"model_type {name}")
     return fields

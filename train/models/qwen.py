@@ -37,6 +37,14 @@ class QwenConfig(BaseModelConfig):
     norm_topk_prob: bool = False
     router_aux_loss_coef: NonNegativeFloat = 0.001
 
+    @model_validator(mode="before")
+    @classmethod
+    def _rename(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "num_local_experts" in data:  # how transformers 5 writes num_experts
+            data = {"num_experts": data["num_local_experts"], **data}
+            del data["num_local_experts"]
+        return data
+
     @model_validator(mode="after")
     def _check_experts(self) -> QwenConfig:
         given = (self.num_experts, self.num_experts_per_tok, self.moe_intermediate_size)
