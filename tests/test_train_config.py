@@ -118,7 +118,9 @@ def test_use_ddp_gives_the_default_strategy(tmp_path):
         ("experiment.name=", "experiment.name: Input should be a valid string"),
         ("experiment.stage=sft", "experiment.stage: Input should be 'pretrain' (given: 'sft')"),
         ("model.from_scratch=false", "from_scratch: false needs weights to start from"),
-        ("model.config_path=null", "give either config_path (a model file) or config (its fields)"),
+        ("model.config_path=null", "give config_path (a model file), config (its fields) or from_pretrained"),
+        ("model.config={}", "give either config_path (a model file) or config (its fields), not both"),
+        ("model={from_pretrained: x, from_scratch: true}", "from_scratch: true and from_pretrained contradict"),
         ("data.config={}", "give either config_path (a mixture file) or config (its fields)"),
         ("checkpointing.output_dir=null", "checkpointing.output_dir: Input should be a valid string"),
         (
