@@ -5,9 +5,9 @@ and each of the two products of all experts is one grouped product. Every slot i
 token is dropped. Shapes depend on the batch alone, so that nothing waits for the host on GPUs with a grouped kernel
 (bf16 from compute capability 9.0 on; PyTorch loops over the experts on others).
 
-With probabilities p [experts] of a token, its output is sum over the chosen e of weight_e * down_e(silu(gate_e x) * up_e x)
-and the shared experts' output where there are any. The weight is multiplied in before the last product, which is linear:
-its gradient then needs no output of an expert to be kept.
+The output of a token x is the sum over its experts e of weight_e * down_e(silu(gate_e x) * up_e x), and the shared
+experts' output where there are any. The weight is multiplied in before the last product, which is linear: its gradient
+then needs no output of an expert to be kept.
 
 What balances the load is returned, never stored, so that a forward pass may run twice (activation checkpointing).
 """
@@ -45,9 +45,9 @@ class Router(nn.Module):
     With `groups` > 1 only the experts of the `top_groups` best groups can be chosen. The score of a group is that of
     its best expert, or with `correction_bias` the sum of its two best.
 
-    `normalize` divides the weights of a token by their sum; they are multiplied by `scale` in any case. Two published
-    codes differ: DeepSeek-V2's own does not multiply where it normalises (give `scale=1` for that), and like minimind-2's
-    it does not normalise a single expert; `transformers`' V2 never normalises. No released V2 model normalises.
+    `normalize` divides the weights of a token by their sum; they are multiplied by `scale` in any case. Published codes
+    differ in a case that no released model has: DeepSeek-V2's own does not multiply where it normalises (give `scale=1`
+    for that), and like minimind-2's it does not normalise a single expert; `transformers`' V2 never normalises.
     """
 
     e_score_correction_bias: Tensor | None
@@ -129,7 +129,7 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """The weights of all experts, each a SwiGLU: `gate_up_proj` [experts, 2 * ffn, hidden] (gate rows, then up rows) and
+    """All routed experts, each a SwiGLU: `gate_up_proj` [experts, 2 * ffn, hidden] (gate rows, then up rows) and
     `down_proj` [experts, hidden, ffn], used in the dtype of the activations as in `Linear`."""
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
@@ -255,7 +255,7 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         [rows, out].
 
     Raises:
-        RuntimeError: on GPUs, rows that are not multiples of 16 bytes: `in` and `out` have to be multiples of 8 in bf16.
+        RuntimeError: on GPUs, from PyTorch: `in` and `out` have to be multiples of 16 bytes there, of 8 in bf16.
     """
     if x.device.type != "cpu":
         return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
@@ -268,7 +268,7 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
 @torch.library.custom_op("minigpt::grouped_outer", mutates_args=())
 def grouped_outer(grad: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
-    """Gradient of `grouped_linear` for its weight: per group the product of grad [rows, out], transposed, and x [rows, in].
+    """Gradient of `grouped_linear` for its weight: per group grad^T x, with grad [rows, out] and x [rows, in].
 
     Returns:
         [groups, out, in], zero for empty groups.
