@@ -60,7 +60,9 @@ def test_nothing_is_left_open():
     assert [str(path) for path in CHECKED if marks.search(path.read_text(encoding="utf-8"))] == []
 
 
-@pytest.mark.parametrize("program", ["prep.cli", "shards.cli"])
+@pytest.mark.parametrize(
+    "program", ["prep.cli", "shards.cli", "tools.generate", "tools.export", "tools.import_weights"]
+)
 def test_commands_start_light(program):
     code = (
         f"import sys; sys.argv = ['program', '--help']; from {program} import main\n"

@@ -10,7 +10,7 @@ import torch
 from shards.errors import UserError
 from train.checkpoint import complete_checkpoints, load_weights
 from train.config import load_experiment
-from train.models import BaseModelForCausalLM, ModelRegistry
+from train.models import BaseModelConfig, BaseModelForCausalLM, ModelRegistry
 from train.prepare import load_model_config
 
 
@@ -23,15 +23,36 @@ def load_run(run: Path, checkpoint: Path | None = None) -> tuple[BaseModelForCau
     Raises:
         UserError: there is no run or no checkpoint there, or it cannot be read.
     """
-    if not (run / "manifest.json").exists():
-        raise UserError(f"{run}: no run folder (manifest.json is missing)")
-    config = load_model_config(load_experiment(run / "config.yaml"))
-    checkpoint = checkpoint or next(reversed(complete_checkpoints(run / "checkpoints")), None)
-    if checkpoint is None:
-        raise UserError(f"{run}: the run has no checkpoint yet; it writes one each checkpointing.save_steps steps")
+    config = run_model_config(run)
+    checkpoint = checkpoint or newest_checkpoint(run)
     with torch.device("meta"):
         model = ModelRegistry.create_model(config.model_type, config)
     model.to_empty(device="cpu")
     load_weights(checkpoint, model)
     manifest = json.loads((run / "manifest.json").read_text())
     return model.eval(), (run / "tokenizer.json").read_bytes(), manifest["data"]["eos_id"]
+
+
+def run_model_config(run: Path) -> BaseModelConfig:
+    """The model of a run folder, or of a folder that `minigpt-import` made.
+
+    Raises:
+        UserError: it is neither, or its configuration cannot be read.
+    """
+    if not (run / "manifest.json").exists():
+        raise UserError(f"{run}: no run folder (manifest.json is missing)")
+    if not (run / "config.yaml").exists():
+        return ModelRegistry.load_config(run / "model.yaml")  # imported: there was no experiment
+    return load_model_config(load_experiment(run / "config.yaml"))
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """The newest complete checkpoint of a run.
+
+    Raises:
+        UserError: it has none.
+    """
+    checkpoint = next(reversed(complete_checkpoints(run / "checkpoints")), None)
+    if checkpoint is None:
+        raise UserError(f"{run}: the run has no checkpoint yet; it writes one each checkpointing.save_steps steps")
+    return checkpoint
