@@ -17,7 +17,7 @@ from train.checkpoint import Checkpoints, RunState, differences
 from train.config import ExperimentConfig
 from train.distributed import Ranks
 from train.models import BaseModelConfig, BaseModelForCausalLM, ModelRegistry
-from train.models.hf import load_hf_weights
+from train.models.hf import load_hf_weights, model_file
 from train.optim import AdamW
 from train.run_folder import RunFolder
 
@@ -193,7 +193,7 @@ def load_model_config(config: ExperimentConfig) -> BaseModelConfig:
         fields = {"model_type": section.type, **section.config, **section.overrides}
         model_config = ModelRegistry.parse_config(fields, "model.config")
     else:
-        path = path or f"{section.from_pretrained}/config.json"
+        path = path or str(model_file(Path(str(section.from_pretrained))))
         model_config = ModelRegistry.load_config(path, section.overrides)
     found = model_config.model_type
     if section.type not in (None, found, ModelRegistry.family_of(found, "model")):
