@@ -299,7 +299,7 @@ COMPILED = {"llama": LLAMA, "qwen3_moe": QWEN3_MOE, "deepseek_v3": V3, "minimind
 @pytest.mark.slow
 @pytest.mark.parametrize("fields", COMPILED.values(), ids=COMPILED)
 def test_a_compiled_block_equals_eager(fields: dict[str, Any]):
-    """One graph, forward and backward, with a document mask: of the last block, where the experts are if there are any."""
+    """One graph, forward and backward, with a document mask: of the last block, the one with experts."""
     torch.compiler.reset()
     ids, positions = tokens(2, 33), torch.cat([torch.arange(12), torch.arange(20)]).expand(2, 32)
     found = []
