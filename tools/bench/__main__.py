@@ -13,6 +13,7 @@ BENCHMARKS = {  # name: module and what it measures
     "filter-decisions": ("tools.bench.filter_decisions", "documents that datatrove's filters judge differently"),
     "dedup": ("tools.bench.dedup_speed", "MinHash deduplication against datasketch and rensa; whole runs"),
     "language": ("tools.bench.language_table", "language identification: accuracy and speed by language and length"),
+    "moe-step": ("tools.bench.moe_step", "one mixture-of-experts layer against transformers' loop over experts"),
     "prep": ("tools.bench.prep_speed", "JSONL to clean, deduplicated shards against datatrove; peak memory"),
     "tokenize": ("tools.bench.tokenize_speed", "JSONL to shards against a pool of `tokenizers`"),
     "train-step": ("tools.bench.train_step", "training step against the machine's own matrix-product rate"),
