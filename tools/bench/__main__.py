@@ -12,6 +12,7 @@ BENCHMARKS = {  # name: module and what it measures
     "filter": ("tools.bench.filter_speed", "each filter against datatrove's"),
     "filter-decisions": ("tools.bench.filter_decisions", "documents that datatrove's filters judge differently"),
     "dedup": ("tools.bench.dedup_speed", "MinHash deduplication against datasketch and rensa; whole runs"),
+    "generate": ("tools.bench.generate_speed", "generation with a cache against transformers.generate"),
     "language": ("tools.bench.language_table", "language identification: accuracy and speed by language and length"),
     "moe-step": ("tools.bench.moe_step", "one mixture-of-experts layer against transformers' loop over experts"),
     "prep": ("tools.bench.prep_speed", "JSONL to clean, deduplicated shards against datatrove; peak memory"),
