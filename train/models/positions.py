@@ -16,7 +16,7 @@ class Positions(NamedTuple):
         cos, sin: float32 [batch, length, 1, rotary_dim / 2].
         mask: bool [batch or 1, 1, length, keys], true where a query may look; None: causal, the queries being the
             last of the keys.
-        cu_seqlens: int32 [pieces + 1], borders of the documents in the flattened batch; for the kernel "varlen".
+        cu_seqlens: int32 [pieces + 1], borders of the documents in the flattened batch; for `attend.PACKED` kernels.
         kernel: name of an attention kernel (see `attend.choose_kernel`).
     """
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from train.loss import IGNORE_INDEX, loss_and_gradient, summed_loss, token_losses
-from train.models.attend import Kernel, choose_kernel
+from train.models.attend import PACKED, Kernel, choose_kernel
 from train.models.base_config import BaseModelConfig
 from train.models.cache import KeyValueCache
 from train.models.linear import RMSNorm
@@ -191,7 +191,7 @@ class BaseModelForCausalLM(nn.Module):
             mask = padding_mask(attention_mask)
         if not mask_documents:
             cu_seqlens = None
-        elif kernel == "varlen" and mask is None:
+        elif kernel in PACKED and mask is None:
             cu_seqlens = document_borders(position_ids) if cu_seqlens is None else cu_seqlens
         else:
             mask = document_mask(position_ids) & (causal_mask(length, length, device) if mask is None else mask)
