@@ -99,8 +99,15 @@ def _minimind(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_experts(fields: dict[str, Any]) -> dict[str, Any]:
-    """All layers dense: the number of experts, which must be one for transformers, is never used."""
-    sizes = {"n_routed_experts": 1, "n_shared_experts": 1, "num_experts_per_tok": 1, "moe_intermediate_size": 1}
+    """All layers dense: the experts, of which transformers needs some number, are never used."""
+    sizes = {
+        "n_group": 1,
+        "topk_group": 1,
+        "n_routed_experts": 1,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 1,
+    }
     return {**fields, **sizes, "first_k_dense_replace": fields["num_hidden_layers"]}
 
 
@@ -119,7 +126,7 @@ def _deepseek_v3(fields: dict[str, Any]) -> dict[str, Any]:
     fields.pop("head_dim")
     groups = {"n_group": fields["n_group"] or 1, "topk_group": fields["topk_group"] or 1}
     if fields["n_routed_experts"] is None:
-        return _without_experts({**fields, **groups})
+        return _without_experts(fields)
     if fields["scoring_func"] != "sigmoid" or fields["topk_method"] != "noaux_tc":
         raise _none_for("deepseek_v3 with a router other than sigmoid with noaux_tc")
     if fields["n_routed_experts"] // groups["n_group"] < 2:

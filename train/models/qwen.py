@@ -24,6 +24,7 @@ class QwenConfig(BaseModelConfig):
     inert_keys: ClassVar[set[str]] = {"sliding_window", "max_window_layers", "layer_types"}
     fixed_keys: ClassVar[dict[str, tuple[Any, ...]]] = {
         "use_sliding_window": (False,),
+        "use_mrope": (False,),
         "attention_bias": (False,),
         "decoder_sparse_step": (1,),
         "mlp_only_layers": ([], None),
