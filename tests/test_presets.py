@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -152,3 +153,19 @@ def test_files_hold_no_key_twice():
     for path in MODELS.rglob("*.yaml"):
         keys = re.findall(r"^(\w+):", Path(path).read_text(), flags=re.MULTILINE)
         assert len(keys) == len(set(keys)), path
+
+
+# config.json of the hub, as their authors wrote them, years apart and with different versions of transformers.
+HUB = json.loads((ROOT / "tests" / "hub_configs.json").read_text())
+
+
+@pytest.mark.parametrize("preset", HUB)
+def test_presets_equal_the_hub_file(preset: str, tmp_path: Path):
+    """A published config.json is a model file as it is, and means what the preset means."""
+    (tmp_path / "config.json").write_text(json.dumps(HUB[preset]))
+    found, expected = (
+        ModelRegistry.load_config(path).model_dump() for path in (tmp_path / "config.json", MODELS / f"{preset}.yaml")
+    )
+    if preset == "deepseek/v3":  # the hub's file says 0.001, the paper (section 4.2) 0.0001
+        assert (found.pop("aux_loss_alpha"), expected.pop("aux_loss_alpha")) == (0.001, 0.0001)
+    assert found == expected
