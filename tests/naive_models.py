@@ -179,11 +179,14 @@ def latent_attention(fields: dict[str, Any], w: Prefixed, states: list[Tensor]) 
 
 
 def mixture(fields: dict[str, Any], w: Prefixed, x: Tensor) -> Tensor:
-    """The chosen experts' outputs by their weights, and the shared experts, which are one wide SwiGLU."""
+    """The chosen experts' outputs by their weights, and the shared experts: one wide SwiGLU, several in minimind2."""
     out = torch.zeros_like(x)
     for expert, share in chosen_experts(fields, w, x):
         out = out + share * swiglu(w, f"mlp.experts.{expert}.", x)
-    if fields.get("n_shared_experts"):
+    if fields["model_type"] == "minimind2":
+        for expert in range(fields["n_shared_experts"]):
+            out = out + swiglu(w, f"mlp.shared_experts.{expert}.", x)
+    elif fields.get("n_shared_experts"):
         out = out + swiglu(w, "mlp.shared_experts.", x)
     return out
 

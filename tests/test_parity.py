@@ -18,6 +18,7 @@ from torch import Tensor
 
 from train.loss import IGNORE_INDEX
 from train.models import BaseModelForCausalLM, ModelRegistry
+from train.models.hf import hub_parts
 
 VOCAB = 97
 TINY = {
@@ -135,6 +136,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 # What the loops are asked: variants that `transformers` lacks, and the intricate ones of those that it has.
 NAIVE: dict[str, dict[str, Any]] = {
     "minimind2, experts": MINIMIND2_MOE,
+    "minimind2, two shared experts": {**MINIMIND2_MOE, "n_shared_experts": 2},
     "minimind2, experts without shared ones": {**MINIMIND2_MOE, "n_shared_experts": 0, "norm_topk_prob": False},
     "deepseek_v2, normalised weights": {**V2, "norm_topk_prob": True},  # `transformers` does not look at this key
     "deepseek_v2, groups and normalised weights": {**V2_GROUPS, "norm_topk_prob": True},
@@ -172,6 +174,14 @@ def hub_tensors(model: BaseModelForCausalLM, tensors: dict[str, Tensor], *, stac
                 gate, up = matrix.chunk(2)
                 parts = {"down_proj": matrix} if kind == "down_proj" else {"gate_proj": gate, "up_proj": up}
                 found |= {f"{prefix}.{expert}.{part}.weight": rows for part, rows in parts.items()}
+        elif ".shared_experts." in name and config.model_type == "minimind2":  # its own code keeps them apart
+            prefix, kind, _ = hub.rsplit(".", 2)
+            matrices = {"down_proj": tensor.T}
+            if kind == "gate_up_proj":
+                matrices = dict(zip(("gate_proj", "up_proj"), tensor.chunk(2), strict=True))
+            for part, matrix in matrices.items():
+                for expert, rows in enumerate(matrix.split(config.intermediate_size)):
+                    found[f"{prefix}.{expert}.{part}.weight"] = rows.T if part == "down_proj" else rows
         elif "qkv_proj" in name:
             projections = zip(("q_proj", "k_proj", "v_proj"), tensor.split([query, key, key]), strict=True)
             found |= {hub.replace("qkv_proj", projection): rows for projection, rows in projections}
@@ -181,6 +191,16 @@ def hub_tensors(model: BaseModelForCausalLM, tensors: dict[str, Tensor], *, stac
         else:
             found[hub] = tensor
     return found
+
+
+@pytest.mark.parametrize("fields", ALL.values(), ids=ALL)
+def test_the_exporter_has_the_same_names(fields: dict[str, Any]):
+    model = make_model(fields)
+    ours = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    found = {part.hub: ours[part.ours][part.place] for part in hub_parts(model)}
+    expected = hub_tensors(model, ours)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def hugging_face_config(fields: dict[str, Any]) -> transformers.PretrainedConfig:
