@@ -109,7 +109,8 @@ def write_weights(
     model = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     dcp.save(
         {"model": model},
-        storage_writer=FileSystemWriter(temporary, overwrite=False),
+        # A file for each tensor: the writer holds on to all that goes into one.
+        storage_writer=FileSystemWriter(temporary, overwrite=False, single_file_per_rank=False),
         planner=_Planner(read),
         no_dist=True,
     )
