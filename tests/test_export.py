@@ -322,7 +322,7 @@ def test_sizes(text, size):
 
 @pytest.mark.slow
 def test_memory_is_that_of_a_tensor_not_of_the_model(tmp_path):
-    """A model of 1 GB passes out and in with 0.4 GB beyond what a tiny one takes."""
+    """A model of 1 GB passes out and in with 0.4 GB beyond what a tiny one takes; loaded, with its own size as well."""
     code = (
         "import sys; from pathlib import Path; from tools.hub_export import export_pretrained\n"
         "from tools.hub_import import import_pretrained\n"
@@ -333,7 +333,10 @@ def test_memory_is_that_of_a_tensor_not_of_the_model(tmp_path):
         "for folder in (small, large):\n"
         "    export_pretrained(folder / 'run', folder / 'out', dtype='float32', max_shard_size=4 * 10**8)\n"
         "    import_pretrained(folder / 'out', folder / 'back')\n"
-        "    print(peak())"
+        "    print(peak())\n"
+        "from train.models.hf import load_pretrained\n"
+        "model = load_pretrained(large / 'out')\n"
+        "print(peak())"
     )
     sizes: dict[str, dict[str, Any]] = {"small": {}, "large": {"hidden_size": 1024, "intermediate_size": 4096}}
     for name, fields in sizes.items():
@@ -347,5 +350,6 @@ def test_memory_is_that_of_a_tensor_not_of_the_model(tmp_path):
     command = [sys.executable, "-c", code, str(tmp_path / "small"), str(tmp_path / "large")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    small, large = map(float, done.stdout.split())
+    small, large, loaded = map(float, done.stdout.split())
     assert large - small < 0.4, (small, large)
+    assert loaded - small < size / 1e9 + 0.4, (small, loaded)
