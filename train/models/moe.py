@@ -90,7 +90,8 @@ class Router(nn.Module):
             weights, float32 [tokens, top_k]; experts, int64 [tokens, top_k]; probabilities, float32 [tokens, experts]:
             the scores, which sum to 1 for each token (those of a sigmoid are divided by their sum).
         """
-        logits = F.linear(x.float(), self.weight.float())
+        # As in `Linear` the weight takes the dtype of the activations first: that is what a sharded model has of it.
+        logits = F.linear(x.float(), self.weight.to(x.dtype).float())
         scores = logits.sigmoid() if self.scoring == "sigmoid" else logits.softmax(-1)
         with torch.no_grad():
             experts = self._choose(scores)
