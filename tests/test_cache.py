@@ -7,8 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import FAMILIES, make_model, tokens
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from train.models.cache import KeyValueCache
+from train.models.few_rows import is_decoding
+from train.models.linear import linear
 
 
 def states(batch: int, length: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,3 +108,35 @@ def test_the_latent_cache_is_small():
         model(tokens(1, 8), cache=cache)
     kept = cache.update(0, torch.tensor([[7]]), torch.zeros(1, 1, rank), torch.zeros(1, 1, rope))
     assert [tuple(state.shape) for state in kept] == [(1, 8, rank), (1, 8, rope)]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(1, 33), (1, 1, 64), (3, 2, 7), (8, 1, 100), (16, 12)])
+def test_the_product_of_few_rows(shape, threads):
+    """The kernel that decoding on a CPU takes, for sizes that are no multiple of anything, and biases."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(*shape, generator=generator).transpose(0, -2)  # not contiguous
+    weight, bias = torch.randn(51, shape[-1], generator=generator), torch.randn(51, generator=generator)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            assert is_decoding(x, weight)
+            found = linear(x, weight, bias)
+    finally:
+        torch.set_num_threads(before)
+    expected = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-5)
+
+
+def test_what_is_not_decoding_keeps_torch_s_product():
+    x, weight = torch.randn(4, 8), torch.randn(3, 8)
+    assert not is_decoding(x, weight)  # gradients are wanted
+    with torch.no_grad():
+        assert is_decoding(x, weight)
+        assert not is_decoding(torch.randn(64, 8), weight)
+        assert not is_decoding(x.bfloat16(), weight)
+        assert not is_decoding(x, weight.bfloat16())
+        assert not is_decoding(x, torch.randn(8, 3).t())
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert not is_decoding(mode.from_tensor(x), mode.from_tensor(weight))

@@ -6,14 +6,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from train.models.few_rows import few_rows_product, is_decoding
+
 
 class Linear(nn.Linear):
     """`nn.Linear` whose product runs in the dtype of its input, so no autocast context is needed anywhere."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features], in the dtype of `x`."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` in the dtype of `x`; decoding on a CPU has a kernel of its own."""
+    if is_decoding(x, weight):
+        out = few_rows_product(x, weight)
+        return out if bias is None else out + bias
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 class RMSNorm(nn.Module):

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,7 +17,7 @@ from train.loss import IGNORE_INDEX, loss_and_gradient, summed_loss, token_losse
 from train.models.attend import PACKED, Kernel, choose_kernel
 from train.models.base_config import BaseModelConfig
 from train.models.cache import KeyValueCache
-from train.models.linear import RMSNorm
+from train.models.linear import RMSNorm, linear
 from train.models.moe import MixtureOfExperts, Routing
 from train.models.positions import Positions, cache_mask, causal_mask, document_borders, document_mask, padding_mask
 from train.models.rope import inverse_frequencies, rotary_angles
@@ -141,7 +140,7 @@ class BaseModelForCausalLM(nn.Module):
         x = self.norm(x)
         load = torch.stack([routing.load for routing in routings]) if routings else None
         if labels is None:
-            return ModelOutput(logits=F.linear(x, self.head.to(x.dtype)).float(), expert_load=load)
+            return ModelOutput(logits=linear(x, self.head).float(), expert_load=load)
         flat_x, flat_labels = x.flatten(0, 1), labels.flatten()
         if reduction == "none":
             return ModelOutput(token_losses(flat_x, self.head, flat_labels).view(batch, length), expert_load=load)
