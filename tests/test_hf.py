@@ -75,8 +75,7 @@ def test_names_and_configuration_are_those_that_transformers_writes(fields, tmp_
     assert torch.equal(again(ids).logits, expected)
     if not fields["model_type"].startswith("minimind"):
         ours = ModelRegistry.load_config(tmp_path / "ours" / "config.json")
-        if not fields["model_type"].startswith("deepseek"):  # head_dim has no meaning there
-            assert again.config == model.config == ours
+        assert again.config == model.config == ours
 
 
 @pytest.mark.parametrize("fields", [QWEN3_MOE, V3, MINIMIND2_MOE], ids=["qwen3_moe", "deepseek_v3", "minimind2"])

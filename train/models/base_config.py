@@ -13,6 +13,7 @@ from train.models.rope import RopeScaling
 INERT_KEYS = {
     *("_name_or_path", "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "use_cache"),
     *("pretraining_tp", "bos_token_id", "eos_token_id", "pad_token_id", "output_router_logits"),
+    *("is_llama_config", "transformers.js_config"),
 }
 
 

@@ -27,7 +27,7 @@ class DeepseekConfig(BaseModelConfig):
     `router_bias_update_rate` is V3's bias update speed (arXiv 2412.19437, section 4.2: 0.001, and 0 near the end).
     """
 
-    inert_keys: ClassVar[set[str]] = {"ep_size", "num_nextn_predict_layers", "seq_aux", "qk_head_dim", "head_dim"}
+    inert_keys: ClassVar[set[str]] = {"ep_size", "num_nextn_predict_layers", "seq_aux", "qk_head_dim"}
     fixed_keys: ClassVar[dict[str, tuple[Any, ...]]] = {
         "moe_layer_freq": (1,),
         "rope_interleave": (True,),
@@ -68,7 +68,9 @@ class DeepseekConfig(BaseModelConfig):
             "norm_topk_prob": third,
             "routed_scaling_factor": 2.5 if third else 1.0,
         }
-        return {**defaults, **data}
+        # A config.json may give the rotary part alone as head_dim; here it is what a query head has.
+        dims = [data.get("qk_nope_head_dim", 128), data.get("qk_rope_head_dim", 64)]
+        return {**defaults, **data, "head_dim": sum(dims) if all(isinstance(dim, int) for dim in dims) else 0}
 
     @model_validator(mode="after")
     def _check(self) -> DeepseekConfig:
@@ -102,7 +104,7 @@ class DeepseekConfig(BaseModelConfig):
     @property
     def attention_head_dims(self) -> tuple[int, int]:
         """Dimensions of a query or key head, and of a value head."""
-        return self.qk_nope_head_dim + self.qk_rope_head_dim, self.v_head_dim
+        return self.head_dim, self.v_head_dim
 
     @property
     def softmax_scale(self) -> float:

@@ -6,7 +6,7 @@ Pre-norm blocks of grouped-query attention with rotary positions and SwiGLU, RMS
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from train.models.attention import Attention
 from train.models.base_config import BaseModelConfig
@@ -17,6 +17,8 @@ from train.models.transformer import BaseModelForCausalLM, DecoderBlock
 
 class LlamaConfig(BaseModelConfig):
     """Field names of Hugging Face's `LlamaConfig`."""
+
+    fixed_keys: ClassVar[dict[str, tuple[Any, ...]]] = {"rope_interleaved": (False,)}
 
     model_type: Literal["llama"] = "llama"
     attention_bias: bool = False
