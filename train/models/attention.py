@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from train.models.attend import attend
@@ -33,11 +34,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, positions: Positions, cache: KeyValueCache | None = None, layer: int = 0) -> Tensor:
         """Attend over `x` [batch, length, hidden] and, with a cache, over what came before."""
         batch, length, _ = x.shape
-        query, key, value = self.qkv_proj(x).view(batch, length, -1, self.head_dim).split(self.heads, dim=2)
+        heads = self.qkv_proj(x).view(batch, length, -1, self.head_dim)
+        turned, value = heads.split([sum(self.heads[:2]), self.heads[2]], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
-        query = rotate(query, positions.cos, positions.sin)
-        key = rotate(key, positions.cos, positions.sin)
+            query, key = turned.split(self.heads[:2], dim=2)
+            turned = torch.cat((self.q_norm(query), self.k_norm(key)), dim=2)
+        query, key = rotate(turned, positions.cos, positions.sin).split(self.heads[:2], dim=2)
         if cache is not None:
             key, value = cache.update(layer, positions.position_ids, key, value)
         out = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), positions, self.scale)

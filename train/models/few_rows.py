@@ -32,15 +32,14 @@ def is_decoding(x: Tensor, weight: Tensor) -> bool:
 
 def few_rows_product(x: Tensor, weight: Tensor) -> Tensor:
     """[..., in_features] times weight [out_features, in_features], transposed: float32 [..., out_features]."""
-    out = torch.empty(*x.shape[:-1], weight.shape[0])
-    rows = x.reshape(-1, x.shape[-1])
-    arrays = rows.numpy(), weight.detach().numpy(), out.view(-1, weight.shape[0]).numpy()
+    rows = x.reshape(-1, x.shape[-1]).numpy()
+    out = np.empty((len(rows), weight.shape[0]), np.float32)
     threads = torch.get_num_threads()
     if threads > 1:
-        _product_by_threads(*arrays, threads)
+        _product_by_threads(rows, weight.detach().numpy(), out, threads)
     else:
-        _slice_of_product(*arrays, 0, weight.shape[0])
-    return out
+        _slice_of_product(rows, weight.detach().numpy(), out, 0, weight.shape[0])
+    return torch.from_numpy(out).view(*x.shape[:-1], -1)
 
 
 @numba.njit(nogil=True, fastmath=True, parallel=True, cache=True)
