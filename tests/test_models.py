@@ -260,7 +260,9 @@ def test_sharding_changes_no_bit(family, dtype, process_group):
         positions = torch.arange(4000, 4064).expand(2, 64)  # far enough for bf16 angles to be wrong
         loss = model(ids[:, :-1], labels=ids[:, 1:], position_ids=positions, reduction="sum").loss
         loss.backward()
-        gradients = {name: p.grad.full_tensor() if sharded else p.grad for name, p in model.named_parameters()}
+        gradients = {
+            name: p.grad.full_tensor() if isinstance(p, DTensor) else p.grad for name, p in model.named_parameters()
+        }
         found.append((loss.detach(), gradients))
     assert found[0][0] == found[1][0]
     for name, gradient in found[0][1].items():

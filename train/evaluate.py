@@ -22,6 +22,7 @@ from shards.reader import TokenDataset
 from train.config import EvaluationSection
 from train.distributed import Ranks
 from train.loss import IGNORE_INDEX
+from train.models.positions import document_borders
 from train.models.transformer import BaseModelForCausalLM
 
 
@@ -64,7 +65,7 @@ class Validation:
         model.eval()
         for row, validation_set in zip(sums, self.sets, strict=True):
             for windows, positions in self._batches(validation_set):
-                row += self._sum_batch(model, windows.to(self._ranks.device), positions.to(self._ranks.device))
+                row += self._sum_batch(model, windows, positions)
         model.train()
         self._ranks.sum_(sums)
         per_set = {
@@ -99,13 +100,17 @@ class Validation:
             yield torch.from_numpy(windows), torch.from_numpy(positions)
 
     def _sum_batch(self, model: BaseModelForCausalLM, windows: Tensor, positions: Tensor) -> Tensor:
-        """Sum of losses, tokens and bytes of the targets: float64 [3]."""
+        """Sum of losses, tokens and bytes of the targets: float64 [3]. `windows` and `positions` are on the host."""
+        device = self._ranks.device
+        borders = document_borders(positions).to(device) if self._document_mask else None
+        windows, positions = windows.to(device), positions.to(device)
         labels = windows[:, 1:]
         valid = labels >= 0
         losses = model(
             windows[:, :-1].clamp_min(0),
             labels=labels.masked_fill(~valid, IGNORE_INDEX),
             position_ids=positions,
+            cu_seqlens=borders,
             mask_documents=self._document_mask,
             reduction="none",
         ).loss

@@ -79,9 +79,16 @@ def local(tensor: Tensor) -> Tensor:
 
 def gradient_norm(gradients: list[Tensor]) -> Tensor:
     """L2 norm of all gradients over all ranks, float32 []."""
-    # float64: float32 sums of millions of squares would differ between layouts by 1e-5
-    norms = [torch.linalg.vector_norm(local(gradient), dtype=torch.float64) for gradient in gradients]
-    squares = torch.stack(norms).square().sum()
-    if any(isinstance(gradient, DTensor) for gradient in gradients):
-        dist.all_reduce(squares)
-    return squares.sqrt().float()
+    sharded = squared_norm([gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)])
+    whole = squared_norm([gradient for gradient in gradients if not isinstance(gradient, DTensor)])
+    if sharded is not None:
+        dist.all_reduce(sharded)
+    parts = [part for part in (sharded, whole) if part is not None]
+    return torch.stack(parts).sum().sqrt().float()
+
+
+def squared_norm(tensors: list[Tensor]) -> Tensor | None:
+    """Sum of the squares of all elements, float64 []; None of nothing."""
+    # float32 sums of millions of squares would differ between layouts by 1e-5
+    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]
+    return torch.stack(norms).square().sum() if norms else None

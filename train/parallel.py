@@ -14,7 +14,7 @@ import shutil
 import sys
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -52,12 +52,16 @@ def compiler_found(ranks: Ranks) -> bool:
 
 
 def shard(model: BaseModelForCausalLM, ranks: Ranks) -> None:
-    """Shard every block, then the rest, with FSDP2 (Zhao et al. 2023, arXiv 2304.11277)."""
+    """Shard every block, then the rest, with FSDP2 (Zhao et al. 2023, arXiv 2304.11277).
+
+    Routers stay whole on every rank: they are small, and FSDP would hand them out in the compute dtype.
+    """
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
     # The model casts its activations itself; the rotary angles must stay float32.
     precision = MixedPrecisionPolicy(model.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    whole = {parameter for experts in model.experts() for parameter in experts.gate.parameters()}
     for module in [*model.layers, model]:
-        fully_shard(module, mesh=mesh, mp_policy=precision)
+        fully_shard(module, mesh=mesh, mp_policy=precision, ignored_params=whole)
         assert isinstance(module, FSDPModule)
         # Sum, never average: gloo has no other reduction that is right on every version.
         module.set_force_sum_reduction_for_comms(True)
@@ -97,9 +101,9 @@ def delay_reduction(model: nn.Module, delay: bool) -> None:
 
 @torch.no_grad()
 def reduce_gradients(model: nn.Module, ranks: Ranks) -> None:
-    """Sum the gradients over the ranks of a replicated model; FSDP has done it in backward."""
-    if ranks.world_size == 1 or isinstance(model, FSDPModule):
+    """Sum over the ranks the gradients of what is whole on each; FSDP has summed those that are sharded in backward."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None and not isinstance(p, DTensor)]
+    if ranks.world_size == 1 or not gradients:
         return
-    gradients: list[Tensor] = [p.grad for p in model.parameters() if p.grad is not None]
     flat = ranks.sum_(_flatten_dense_tensors(gradients))
     torch._foreach_copy_(gradients, list(_unflatten_dense_tensors(flat, gradients)))

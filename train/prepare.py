@@ -55,6 +55,7 @@ class Setup:
         """What a resumed run must share."""
         training = self.config.training
         runtime = {"use_flash_attention", "gradient_checkpointing", "initializer_range"}
+        runtime |= {"router_bias_update_rate", "aux_loss_alpha", "router_aux_loss_coef"}  # they may follow a schedule
         return {
             "experiment": {"seed": self.config.experiment.seed},
             "model": self.model.config.model_dump(mode="json", exclude=runtime),

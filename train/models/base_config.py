@@ -90,9 +90,8 @@ def _read_rope(data: dict[str, Any]) -> dict[str, Any]:
             data.setdefault("rope_theta", rope["rope_theta"])
         if data.get("rope_scaling") is None:
             data["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"} or None
-    for key in ("rope_theta",):
-        if isinstance(data.get(key), int) and not isinstance(data[key], bool):
-            data[key] = float(data[key])
+    if type(data.get("rope_theta")) is int:
+        data["rope_theta"] = float(data["rope_theta"])
     if isinstance(scaling := data.get("rope_scaling"), dict):
         scaling = {"original_max_position_embeddings": data.get("max_position_embeddings"), **scaling}
         if "type" in scaling:  # the name before transformers 4.45

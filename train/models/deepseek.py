@@ -84,6 +84,8 @@ class DeepseekConfig(BaseModelConfig):
             raise ValueError("n_routed_experts needs num_experts_per_tok and moe_intermediate_size")
         if (self.scoring_func == "sigmoid") != (self.topk_method == "noaux_tc"):
             raise ValueError("topk_method noaux_tc and scoring_func sigmoid belong together")
+        if self.topk_method == "group_limited_greedy" and None in (self.n_group, self.topk_group):
+            raise ValueError("topk_method group_limited_greedy needs n_group and topk_group")
         groups, chosen = self.groups
         if self.n_routed_experts % groups or chosen > groups:
             raise ValueError(
@@ -111,7 +113,7 @@ class DeepseekConfig(BaseModelConfig):
         """1 / sqrt(dimensions of a query) and, with yarn, times mscale squared (the published modelling code)."""
         scale = self.attention_head_dims[0] ** -0.5
         rope = self.rope_scaling
-        if rope is not None and rope.rope_type == "yarn" and rope.mscale_all_dim:
+        if rope is not None and rope.rope_type == "yarn" and rope.factor and rope.mscale_all_dim:
             scale *= yarn_mscale(rope.factor, rope.mscale_all_dim) ** 2
         return scale
 

@@ -90,8 +90,7 @@ class Router(nn.Module):
             weights, float32 [tokens, top_k]; experts, int64 [tokens, top_k]; probabilities, float32 [tokens, experts]:
             the scores, which sum to 1 for each token (those of a sigmoid are divided by their sum).
         """
-        # As in `Linear` the weight takes the dtype of the activations first: that is what a sharded model has of it.
-        logits = F.linear(x.float(), self.weight.to(x.dtype).float())
+        logits = F.linear(x.float(), self.weight.float())
         scores = logits.sigmoid() if self.scoring == "sigmoid" else logits.softmax(-1)
         with torch.no_grad():
             experts = self._choose(scores)
@@ -163,24 +162,28 @@ class MixtureOfExperts(nn.Module):
         self.experts = Experts(router.num_experts, hidden_size, intermediate_size)
         self.shared_experts = SwiGLU(hidden_size, shared_size) if shared_size else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
-        """[batch, length, hidden] -> the same shape and dtype, and the load of the experts."""
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """[batch, length, hidden] -> the same shape and dtype, and the load of the experts.
+
+        `valid` [batch, length] is false where there is padding, which goes through the experts but is not counted.
+        """
         tokens = x.flatten(0, 1)
         weights, experts, probabilities = self.gate(tokens)
-        routing = measure_load(experts.unflatten(0, x.shape[:2]), probabilities.unflatten(0, x.shape[:2]))
+        chosen = torch.zeros_like(probabilities, requires_grad=False).scatter(1, experts, 1.0)
+        offsets = chosen.sum(0).to(torch.int32).cumsum(0, dtype=torch.int32)
+        routing = measure_load(chosen.unflatten(0, x.shape[:2]), probabilities.unflatten(0, x.shape[:2]), valid)
         # slot s of the sorted order is slot order[s] of the tokens' order; position is the inverse
         order = experts.flatten().argsort(stable=True)
         position = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         token, position = order // self.gate.top_k, position.view_as(experts)
         rows = Dispatch.apply(tokens, token, position)
-        offsets = routing.load.to(torch.int32).cumsum(0, dtype=torch.int32)
         out = Combine.apply(self.experts(rows, weights.flatten()[order], offsets), token, position).view_as(x)
         if self.shared_experts is not None:
             out = out + self.shared_experts(x)
         return out, routing
 
 
-def measure_load(experts: Tensor, probabilities: Tensor) -> Routing:
+def measure_load(chosen: Tensor, probabilities: Tensor, valid: Tensor | None) -> Routing:
     """Load of the experts, and for each sequence sum_e f_e P_e (DeepSeek-V3, arXiv 2412.19437, equations 17 to 20).
 
     f_e = slots of e in the sequence * experts / (top_k * length), P_e = mean probability of e over the sequence. The
@@ -188,14 +191,16 @@ def measure_load(experts: Tensor, probabilities: Tensor) -> Routing:
     on the others, so that it is the same however a batch is shared among ranks.
 
     Args:
-        experts: int64 [batch, length, top_k], different ones for each token.
+        chosen: float32 [batch, length, experts], 1 for the experts of a token and 0 for the others.
         probabilities: float32 [batch, length, experts].
+        valid: [batch, length], false where a token does not count; None: all do.
     """
-    length, num_experts = probabilities.shape[1:]
-    chosen = torch.zeros_like(probabilities, requires_grad=False).scatter(2, experts, 1.0)
+    if valid is not None:
+        chosen, probabilities = chosen * valid[..., None], probabilities * valid[..., None]
     counts = chosen.sum(1)
-    frequencies = counts * (num_experts / (experts.shape[-1] * length))
-    return Routing(counts.sum(0), (frequencies * probabilities.mean(1)).sum(-1))
+    shares = counts / counts.sum(1, keepdim=True).clamp_min(1.0)  # of the slots of the sequence
+    used = probabilities.sum(1) / probabilities.sum((1, 2)).clamp_min(1e-20)[:, None]  # mean, as each token's sum to 1
+    return Routing(counts.sum(0), (shares * used).sum(-1) * probabilities.shape[-1])
 
 
 class Dispatch(torch.autograd.Function):

@@ -18,6 +18,7 @@ class Positions(NamedTuple):
             last of the keys.
         cu_seqlens: int32 [pieces + 1], borders of the documents in the flattened batch; for `attend.PACKED` kernels.
         kernel: name of an attention kernel (see `attend.choose_kernel`).
+        valid: [batch, length], false where there is padding; None: nowhere.
     """
 
     position_ids: Tensor
@@ -26,6 +27,7 @@ class Positions(NamedTuple):
     mask: Tensor | None
     cu_seqlens: Tensor | None
     kernel: str
+    valid: Tensor | None = None
 
 
 def causal_mask(length: int, keys: int, device: torch.device) -> Tensor:

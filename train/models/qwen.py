@@ -53,12 +53,20 @@ class QwenConfig(BaseModelConfig):
             raise ValueError("qwen3_moe needs num_experts, num_experts_per_tok and moe_intermediate_size")
         if self.model_type != "qwen3_moe" and given != (None, None, None):
             raise ValueError(f"{self.model_type} has no experts; model_type qwen3_moe has")
+        if (self.num_experts_per_tok or 0) > (self.num_experts or 0):
+            raise ValueError(
+                f"num_experts_per_tok {self.num_experts_per_tok} is more than num_experts {self.num_experts}"
+            )
         return self
 
     @property
     def balance_loss_weight(self) -> float:
-        """Coefficient of the experts' balance loss."""
-        return self.router_aux_loss_coef if self.num_experts else 0.0
+        """Coefficient of the experts' balance loss.
+
+        Hugging Face's coefficient is for the mean over the layers of a loss that is `num_experts_per_tok` where the
+        experts are used alike; ours is a sum over the layers, each 1.
+        """
+        return self.router_aux_loss_coef * (self.num_experts_per_tok or 0) / self.num_hidden_layers
 
 
 @ModelRegistry.family("qwen", QwenConfig)

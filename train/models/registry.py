@@ -26,7 +26,16 @@ class ModelRegistry:
     def register(
         cls, family: str, model_class: Callable[[Any], BaseModelForCausalLM], config_class: type[BaseModelConfig]
     ) -> None:
-        """Make a family known."""
+        """Make a family known; its `config_class` states its variants: `model_type: Literal["mine"]`.
+
+        Raises:
+            UserError: there are no variants, or the family or one of them is known already.
+        """
+        variants = get_args(config_class.model_fields["model_type"].annotation)
+        if not variants:
+            raise UserError(f'{config_class.__name__}: write its variants as model_type: Literal["…"]')
+        if taken := {family, *variants} & {*cls._families, *cls._variants()}:
+            raise UserError(f"family {family}: '{min(taken)}' is registered already")
         cls._families[family] = (model_class, config_class)
 
     @classmethod

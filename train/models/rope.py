@@ -14,7 +14,7 @@ import math
 from typing import Literal
 
 import torch
-from pydantic import PositiveInt
+from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
 from shards.settings import Settings
@@ -28,7 +28,7 @@ class RopeScaling(Settings):
     """
 
     rope_type: Literal["default", "llama3", "yarn"] = "default"
-    factor: float = 1.0
+    factor: PositiveFloat | None = None
     original_max_position_embeddings: PositiveInt
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -38,10 +38,18 @@ class RopeScaling(Settings):
     mscale_all_dim: float | None = None
     attention_factor: float | None = None
 
+    @model_validator(mode="after")
+    def _check(self) -> RopeScaling:
+        if self.rope_type != "default" and self.factor is None:
+            raise ValueError(f"rope_type {self.rope_type} needs a factor")
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(f"low_freq_factor {self.low_freq_factor} must be below high_freq_factor")
+        return self
+
     @property
     def cos_sin_factor(self) -> float:
         """By which yarn multiplies cosines and sines, and so every rotated query and key."""
-        if self.rope_type != "yarn":
+        if self.rope_type != "yarn" or self.factor is None:
             return 1.0
         if self.attention_factor is not None:
             return self.attention_factor
@@ -65,7 +73,7 @@ def inverse_frequencies(dim: int, theta: float, scaling: RopeScaling | None = No
     """
     exponent = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
     frequencies = 1.0 / theta**exponent
-    if scaling is None or scaling.rope_type == "default":
+    if scaling is None or scaling.factor is None or scaling.rope_type == "default":
         return frequencies
     original = scaling.original_max_position_embeddings
     if scaling.rope_type == "llama3":

@@ -61,10 +61,11 @@ class DecoderBlock(nn.Module):
     ) -> tuple[Tensor, Routing | None]:
         """[batch, length, hidden] -> the same, and what the router did."""
         x = x + self.self_attn(self.input_layernorm(x), positions, cache, layer)
-        out = self.mlp(self.post_attention_layernorm(x))
-        if isinstance(out, tuple):
-            return x + out[0], out[1]
-        return x + out, None
+        inner = self.post_attention_layernorm(x)
+        if not isinstance(self.mlp, MixtureOfExperts):
+            return x + self.mlp(inner), None
+        out, routing = self.mlp(inner, positions.valid)
+        return x + out, routing
 
 
 class BaseModelForCausalLM(nn.Module):
@@ -130,7 +131,7 @@ class BaseModelForCausalLM(nn.Module):
         routings: list[Routing] = []
         for index, layer in enumerate(self.layers):
             if self.config.gradient_checkpointing and self.training and cache is None:
-                x, routing = checkpoint(layer, x, positions, use_reentrant=False)
+                x, routing = checkpoint(layer, x, positions, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, routing = layer(x, positions, cache, index)
             if routing is not None:
@@ -199,7 +200,7 @@ class BaseModelForCausalLM(nn.Module):
         cos, sin = rotary_angles(position_ids, self._frequencies[device])
         if (scaling := self.config.rope_scaling) is not None and scaling.cos_sin_factor != 1.0:
             cos, sin = cos * scaling.cos_sin_factor, sin * scaling.cos_sin_factor
-        return Positions(position_ids, cos, sin, mask, cu_seqlens, kernel)
+        return Positions(position_ids, cos, sin, mask, cu_seqlens, kernel, attention_mask)
 
     def _balance_loss(self, routings: list[Routing], labels: Tensor) -> Tensor | None:
         """Sum over layers and sequences, each sequence weighted by its valid labels as its cross-entropy is."""
