@@ -1,6 +1,6 @@
 """Tiny configurations of every family, and a program that trains several experiments in one start of the ranks.
 
-torchrun --nproc-per-node 2 tests/family_runs.py EXPERIMENT.yaml ...
+torchrun --nproc-per-node 2 tests/family_runs.py TOGETHER.yaml ... -- ALONE.yaml ...
 """
 
 from __future__ import annotations
@@ -65,14 +65,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    """Train the experiments that the arguments name, one after the other."""
+    """Train experiments on all ranks, one after the other; of those behind `--` each rank trains its share alone."""
+    from train import pretrain
     from train.config import load_experiment
-    from train.distributed import start_ranks
-    from train.pretrain import pretrain
+    from train.distributed import Ranks, start_ranks
 
+    pretrain.plot_losses = lambda *_: None  # a second each, and the same for every family
     ranks = start_ranks("gloo")
-    for path in sys.argv[1:]:
-        pretrain(load_experiment(path), ranks)
+    border = sys.argv.index("--")
+    together, apart = sys.argv[1:border], sys.argv[border + 1 :]
+    for path in apart[ranks.rank :: ranks.world_size]:
+        pretrain.pretrain(load_experiment(path), Ranks(0, 1, ranks.device, None))
+    for path in together:
+        pretrain.pretrain(load_experiment(path), ranks)
 
 
 if __name__ == "__main__":

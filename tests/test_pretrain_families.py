@@ -17,6 +17,7 @@ from training_runs import (
     losses,
     results,
     rows,
+    run,
     step_folder,
     train_here,
     write_experiment,
@@ -26,6 +27,7 @@ from training_runs import (
 from train.load import load_run
 
 STEPS = 50
+RECOMPUTED = {"qwen3_moe", "deepseek_v2"}  # these train with gradient checkpointing and a document mask
 
 
 @pytest.fixture(scope="module")
@@ -34,45 +36,41 @@ def mixture(tmp_path_factory):
     return write_sources(tmp_path_factory.mktemp("data"))
 
 
-def experiment(folder: Path, mixture: dict, name: str, strategy: str = "fsdp", **training) -> Path:
+def experiment(folder: Path, mixture: dict, name: str, strategy: str = "fsdp", **sections: dict) -> Path:
     """An experiment file whose model file is the tiny one of this family."""
-    path = write_experiment(
-        folder,
-        mixture,
-        model={"type": None},
-        training={"max_steps": STEPS, "gradient_accumulation_steps": 2, "world_size": 1, **training},
-        checkpointing={"save_steps": 20, "save_total_limit": None},
-        logging={"log_steps": 1, "eval_steps": None},
-        parallel={"strategy": strategy},
-    )
+    content = {
+        "model": {"type": None, "overrides": {"gradient_checkpointing": name in RECOMPUTED}},
+        "data": {"document_mask": name in RECOMPUTED},
+        "training": {"max_steps": STEPS, "world_size": 1, "lr_scheduler": "constant"},
+        "checkpointing": {"save_steps": STEPS},
+        "logging": {"eval_steps": None},
+        "evaluation": {"max_tokens": 256},
+        "parallel": {"strategy": strategy},
+    }
+    merged = {section: {**content.get(section, {}), **sections.get(section, {})} for section in content}
+    path = write_experiment(folder, mixture, **merged)
     (folder / "model.yaml").write_text(yaml.safe_dump(FAMILIES[name]))
     return path
 
 
-def train(ranks: int, paths: list[Path]) -> str:
-    """Train these experiments, one after the other, in `ranks` processes."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+@pytest.fixture(scope="module")
+def runs(mixture, tmp_path_factory):
+    """Run folders by (family, ranks, strategy), 50 steps each, all in one start of two processes."""
+    folder = tmp_path_factory.mktemp("families")
+    layouts = [(name, ranks, "fsdp") for name in FAMILIES for ranks in (1, 2)] + [("deepseek_v3", 2, "ddp")]
+    paths = {
+        layout: experiment(folder / "-".join(map(str, layout)), mixture, layout[0], layout[2]) for layout in layouts
+    }
+    apart, together = ([str(path) for layout, path in paths.items() if layout[1] == ranks] for ranks in (1, 2))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [sys.executable, *torchrun, str(ROOT / "tests" / "family_runs.py"), *map(str, paths)],
+        [sys.executable, *torchrun, str(ROOT / "tests" / "family_runs.py"), *together, "--", *apart],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-@pytest.fixture(scope="module")
-def runs(mixture, tmp_path_factory):
-    """Run folders by (family, ranks, strategy), 50 steps each."""
-    folder = tmp_path_factory.mktemp("families")
-    layouts = [(name, ranks, "fsdp") for name in FAMILIES for ranks in (1, 2)] + [("deepseek_v3", 2, "ddp")]
-    paths = {
-        layout: experiment(folder / "-".join(map(str, layout)), mixture, layout[0], layout[2]) for layout in layouts
-    }
-    for ranks in (1, 2):
-        train(ranks, [path for layout, path in paths.items() if layout[1] == ranks])
     return {layout: path.parent / "run" for layout, path in paths.items()}
 
 
@@ -82,9 +80,9 @@ def test_it_learns_and_two_ranks_have_the_losses_of_one(runs, name):
     assert len(one) == STEPS
     assert one[-1] < one[0] - 0.6
     assert results(runs[name, 1, "fsdp"])["val_loss"] < results(runs[name, 1, "fsdp"])["initial_val_loss"] - 0.6
-    for layout, run in runs.items():
+    for layout, other in runs.items():
         if layout[0] == name:
-            assert losses(run) == pytest.approx(one, rel=1e-5), layout
+            assert losses(other) == pytest.approx(one, rel=1e-5), layout
 
 
 @pytest.mark.parametrize(
@@ -123,15 +121,37 @@ def test_correction_biases_follow_the_load_once_per_step(runs):
 
 def test_a_resumed_run_of_experts_is_the_same_run(runs, mixture, tmp_path):
     """Stopped by its length at step 20, gone on to 50: biases and all, to the bit."""
-    path = experiment(tmp_path, mixture, "deepseek_v3", lr_scheduler="constant")
-    whole = experiment(tmp_path / "whole", mixture, "deepseek_v3", lr_scheduler="constant")
-    assert train_here(whole)[0] == 0
+    path = experiment(tmp_path, mixture, "deepseek_v3")
     assert train_here(path, "training.max_steps=20")[0] == 0
     status, output = train_here(path)
     assert status == 0, output
     assert "resuming from" in output
-    ours, theirs = (checkpoint_tensors(step_folder(p / "run", STEPS)) for p in (tmp_path, tmp_path / "whole"))
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    ours, whole = (
+        checkpoint_tensors(step_folder(r, STEPS)) for r in (tmp_path / "run", runs["deepseek_v3", 1, "fsdp"])
+    )
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in ours.items())
+
+
+@pytest.mark.slow
+def test_compiled_bf16_recomputed_and_masked_ranks_learn_what_one_plain_process_learns(mixture, tmp_path):
+    """Six steps on two ranks, then six on one, beside twelve of the eager float32 run: the same curve but for bf16."""
+    length = {"max_steps": 12}
+    plain = experiment(tmp_path / "plain", mixture, "deepseek_v3", data={"document_mask": True}, training=length)
+    path = experiment(
+        tmp_path / "all",
+        mixture,
+        "deepseek_v3",
+        model={"overrides": {"gradient_checkpointing": True}},
+        data={"document_mask": True},
+        training={**length, "compile": True, "mixed_precision": "bf16"},
+    )
+    assert train_here(plain)[0] == 0
+    run(path, "training.max_steps=6", ranks=2)
+    assert "resuming from" in run(path)
+    expected, found = losses(tmp_path / "plain" / "run"), losses(tmp_path / "all" / "run")
+    assert len(found) == 12
+    assert found == pytest.approx(expected, rel=5e-3)
+    assert found[-1] < found[0] - 0.2
 
 
 def test_the_family_is_one_line_of_an_experiment_file(mixture, tmp_path):
