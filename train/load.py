@@ -14,8 +14,10 @@ from train.models import BaseModelConfig, BaseModelForCausalLM, ModelRegistry
 from train.prepare import load_model_config
 
 
-def load_run(run: Path, checkpoint: Path | None = None) -> tuple[BaseModelForCausalLM, bytes, int]:
-    """Load the newest (or a given) checkpoint of a run, in float32 on the CPU.
+def load_run(
+    run: Path, checkpoint: Path | None = None, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[BaseModelForCausalLM, bytes, int]:
+    """Load the newest (or a given) checkpoint of a run; its parameters and its computation have `dtype`.
 
     Returns:
         the model in evaluation mode, the content of its tokenizer.json, and its EOS id.
@@ -27,7 +29,7 @@ def load_run(run: Path, checkpoint: Path | None = None) -> tuple[BaseModelForCau
     checkpoint = checkpoint or newest_checkpoint(run)
     with torch.device("meta"):
         model = ModelRegistry.create_model(config.model_type, config)
-    model.to_empty(device="cpu")
+    model.allocate(device, dtype)
     load_weights(checkpoint, model)
     manifest = json.loads((run / "manifest.json").read_text())
     return model.eval(), (run / "tokenizer.json").read_bytes(), manifest["data"]["eos_id"]

@@ -292,10 +292,7 @@ def load_pretrained(
     config = ModelRegistry.load_config(model_file(directory))
     with torch.device("meta"):
         model = ModelRegistry.create_model(config.model_type, config)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    model.to_empty(device=device)
-    model.compute_dtype = dtype
+    model.allocate(device, dtype)
     load_hf_weights(model, directory)
     return model.eval()
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from train.loss import IGNORE_INDEX, loss_and_gradient, summed_loss, token_losses
-from train.models.attend import PACKED, Kernel, choose_kernel
+from train.models.attend import PACKED, Kernel, choose_kernel, warn_of_padding
 from train.models.base_config import BaseModelConfig
 from train.models.cache import KeyValueCache
 from train.models.linear import RMSNorm, linear
@@ -88,6 +88,16 @@ class BaseModelForCausalLM(nn.Module):
         self.compute_dtype = torch.float32  # of the activations; parameters keep their own
         self.loss_kernel: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = loss_and_gradient
         self._frequencies: dict[torch.device, Tensor] = {}
+
+    def allocate(self, device: str | torch.device, dtype: torch.dtype) -> None:
+        """Give a model on the meta device memory for its weights, without values; buffers stay float32.
+
+        Parameters and activations get `dtype`: for use, not for training, whose parameters rest in float32.
+        """
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(dtype)
+        self.to_empty(device=device)
+        self.compute_dtype = dtype
 
     def rotary_frequencies(self) -> Tensor:
         """Float32 [rotary_dim / 2]; a family that turns a part of each head only gives its own."""
@@ -189,6 +199,7 @@ class BaseModelForCausalLM(nn.Module):
             position_ids = torch.arange(length, device=device).expand(batch, length)
         if attention_mask is not None:
             mask = padding_mask(attention_mask)
+            warn_of_padding(kernel)
         if not mask_documents:
             cu_seqlens = None
         elif kernel in PACKED and mask is None:
