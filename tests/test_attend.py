@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import make_model, tokens
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend
@@ -15,6 +16,7 @@ from torch.nn.attention import SDPBackend
 from train.models import attend as module
 from train.models.attend import (
     PACKED,
+    Kernel,
     attend,
     blocked_attention,
     choose_kernel,
@@ -22,6 +24,7 @@ from train.models.attend import (
     fused_backends,
     packed_attention,
     plain_attention,
+    warn_of_padding,
 )
 from train.models.positions import Positions, causal_mask, document_mask
 
@@ -109,7 +112,7 @@ def test_a_mask_decides_whatever_the_kernel(length, past, groups, widths, rows, 
 
 @settings(max_examples=15, deadline=None)
 @given(
-    length=st.integers(1, 700),
+    length=st.one_of(st.integers(1, 700), st.just(1100)),
     groups=st.sampled_from([(2, 2), (2, 1)]),
     masked=st.booleans(),
     seed=st.integers(0, 2**31),
@@ -151,6 +154,37 @@ def test_compiled_attention_is_one_graph(dtype, masked, widths, blocks, monkeypa
     tolerance = 3e-6 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(found.float(), expected, rtol=0, atol=tolerance)
     assert bool(calls) == blocks
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "deepseek_v3"])
+def test_compiled_models_take_any_length(family):
+    """A compiler makes the length a symbol at its second value; loss and gradients stay those of the plain model."""
+    torch._dynamo.reset()
+    compiled, plain = make_model(family).train(), make_model(family).train()
+    for part in [*compiled.layers, compiled.norm]:
+        part.compile(fullgraph=True, backend="eager")
+    for length in (8, 9, 12):
+        ids = tokens(2, length + 1)
+        found, expected = (model(ids[:, :-1], labels=ids[:, 1:]).objective for model in (compiled, plain))
+        found.backward()
+        expected.backward()
+        close(found, expected)
+    for parameter, reference in zip(compiled.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, reference.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_many_lengths_share_few_graphs(dtype):
+    """A compiler gives up after 8 recompilations; blocks cost one graph for each number of them."""
+    graphs = []
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, backend=lambda graph, _: graphs.append(1) or graph)
+    for length in (200, 201, 160, 256, 130, 145, 222, 300, 380, 260):
+        query, key, value = (part.to(dtype) for part in heads_of(2, length, 0, (2, 1), (8, 8), batch=1))
+        expected = plain_attention(query, key, value, None, 0.3)
+        found = compiled(query, key, value, positions("sdpa"), 0.3)
+        torch.testing.assert_close(found, expected, rtol=0, atol=3e-6 if dtype == torch.float32 else 3e-2)
+    assert len(graphs) <= (2 if dtype == torch.float32 else 3)
 
 
 # The choice
@@ -234,6 +268,24 @@ def test_kernels_of_cpus():
     plain = choose_kernel(CPU, torch.float32, 64, 64, documents=True, flash=False)
     assert plain.name == "plain"
     assert "use_flash_attention" in plain.reason
+    assert "blocks" not in fused.reason
+    for documents in (False, True):  # compiled code has a kernel of its own there
+        assert "compiled, blocks of queries" in choose_kernel(CPU, BF16, 64, 64, documents=documents).reason
+
+
+@pytest.mark.parametrize("name", ["cudnn", "flash", "varlen", "flash-attn", "sdpa", "plain"])
+@pytest.mark.parametrize("documents", [False, True])
+def test_a_padding_mask_in_the_way_of_the_named_kernel_is_told_once(name, documents, monkeypatch, recwarn):
+    model, ids = make_model(), tokens(2, 6)
+    expected = model(ids).logits
+    monkeypatch.setattr(model, "attention_kernel", lambda device, *, documents: Kernel(name, "as the test wants it"))
+    warn_of_padding.cache_clear()
+    for _ in range(2):
+        found = model(ids, torch.ones_like(ids), mask_documents=documents).logits
+    close(found, expected)
+    told = [str(warning.message) for warning in recwarn if "attention_mask" in str(warning.message)]
+    assert len(told) == (name not in ("sdpa", "plain"))
+    assert all(f"not {name} runs" in message and "slow path" in message for message in told)
 
 
 # What CUDA's kernels are given
@@ -275,9 +327,12 @@ def sdpa_calls(monkeypatch):
 @pytest.mark.parametrize("kernel", ["sdpa", "cudnn", "flash", "varlen", "flash-attn"])
 @pytest.mark.parametrize("groups", [(4, 4), (4, 2)])
 @pytest.mark.parametrize("widths", [(8, 8), (24, 16), (12, 6)])
-@pytest.mark.parametrize("shape", ["causal", "masked", "step", "masked step"])
+@pytest.mark.parametrize("shape", ["causal", "prefill", "masked", "step", "masked step"])
 def test_fused_kernels_get_what_they_take(kernel, groups, widths, shape, sdpa_calls):
-    """The numbers are the loop's, through whatever padding and repeating a kernel needs; math is off meanwhile."""
+    """The numbers are the loop's, through whatever padding and repeating a kernel needs; math is off meanwhile.
+
+    cuDNN is for training: a prefill and a step have another shape each time, and it would plan for each.
+    """
     length, past = (1, 20) if "step" in shape else (20, 0)
     query, key, value = heads_of(3, length, past, groups, widths)
     seen = causal_pairs(2, length, past)
@@ -286,7 +341,9 @@ def test_fused_kernels_get_what_they_take(kernel, groups, widths, shape, sdpa_ca
         seen[1, :, :2] = length == 1  # differs from row to row
         seen[:, range(length), range(past, past + length)] = True
         mask = seen[:, None]
-    close(cuda_attention(query, key, value, mask, 0.3, kernel), looped(query, key, value, seen, 0.3))
+    with torch.set_grad_enabled(shape != "prefill"):
+        found = cuda_attention(query, key, value, mask, 0.3, kernel)
+    close(found, looped(query, key, value, seen, 0.3))
     grouped, takes_groups = groups[0] != groups[1], kernel != "sdpa" and mask is None
     if grouped and not takes_groups and length == 1:
         assert not sdpa_calls  # plain products: each key is read once
@@ -294,12 +351,14 @@ def test_fused_kernels_get_what_they_take(kernel, groups, widths, shape, sdpa_ca
     (call,) = sdpa_calls
     assert not call["enabled"]["math"]
     assert call["enabled"]["efficient"]
-    assert call["enabled"]["cudnn"] == (kernel == "cudnn" and mask is None)
+    assert call["enabled"]["cudnn"] == (kernel == "cudnn" and shape == "causal")
     assert call["enable_gqa"] == (grouped and takes_groups)
     assert (grouped and takes_groups) or call["shapes"][0][1] == call["shapes"][1][1]
-    assert call["is_causal"] == (shape == "causal")
+    assert call["is_causal"] == (shape in ("causal", "prefill"))
     assert all(states[-1] % 8 == 0 for states in call["shapes"])
-    first = {"cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa": SDPBackend.EFFICIENT_ATTENTION}
+    first = {"sdpa": SDPBackend.EFFICIENT_ATTENTION}
+    if shape == "causal":
+        first["cudnn"] = SDPBackend.CUDNN_ATTENTION
     expected = SDPBackend.EFFICIENT_ATTENTION if mask is not None else first.get(kernel, SDPBackend.FLASH_ATTENTION)
     assert call["order"][0] == int(expected)
     if expected == SDPBackend.FLASH_ATTENTION:
@@ -313,6 +372,25 @@ def test_absorbed_latent_attention_is_plain_on_cuda(sdpa_calls):
     expected = looped(query, key, value, causal_pairs(2, 20, 0), 0.05)
     torch.testing.assert_close(cuda_attention(query, key, value, None, 0.05, "cudnn"), expected, rtol=0, atol=2e-5)
     assert not sdpa_calls
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("groups", "widths"), [((8, 2), (64, 64)), ((8, 1), (576, 512))])
+def test_scores_of_generation_on_cuda_are_not_rounded(training, groups, widths):
+    """Their product hands out float32, of grouped heads and latents; it has no gradient, so training does without."""
+
+    def attention(*states: Tensor) -> Tensor:
+        return plain_attention(*states, None, 0.1)
+
+    with FakeTensorMode(), torch.set_grad_enabled(training):
+        query, key, value = fake_heads(1, 40, groups, widths)
+        traced = torch.fx.experimental.proxy_tensor.make_fx(attention)(query, key, value)
+    scores, weighted = (node for node in traced.graph.nodes if "bmm" in str(node.target))
+    assert (scores.target == torch.ops.aten.bmm.dtype) == (not training)
+    assert scores.meta["val"].dtype == (BF16 if training else torch.float32)
+    assert weighted.meta["val"].dtype == BF16
+    (out,) = traced.graph.find_nodes(op="output")
+    assert out.args[0].meta["val"].shape == (2, 8, 1, widths[1])
 
 
 def looped_varlen(

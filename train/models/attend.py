@@ -8,7 +8,8 @@ pytorch#142132; "plain" writes all scores to memory several times over):
 
     plain       matrix products and a softmax: the reference, and a way round a kernel's bug
     sdpa        `scaled_dot_product_attention` of the CPU, or the memory-efficient kernel of CUDA
-    cudnn       cuDNN's kernel, the fastest for training on Hopper and Blackwell data-centre GPUs
+    cudnn       cuDNN's kernel, the fastest for training on Hopper and Blackwell data-centre GPUs; it makes a plan for
+                every new shape, so passes without gradients, whose lengths vary, are "flash"
     flash       FlashAttention-2, part of PyTorch
     varlen      the same over documents of any length: cost and memory follow the documents, there is no mask
     flash-attn  FlashAttention-3 (package `flash_attn_interface`) in the place of both, through PyTorch's own switch.
@@ -18,12 +19,16 @@ CUDA's fused kernels differ in what they take, so tensors are made to fit: a hea
 the value heads of latent attention (192 wide queries, 128 wide values) to the queries' width for FlashAttention; zeros
 add nothing to a score, and what they add to the output is cut off. PyTorch's "math" fallback is never among the kernels
 that it may pick on CUDA: what no fused kernel takes fails, or is one of the plain cases named here.
+
+Compiled code treats lengths as symbols. A branch on one is a guard and gives a bool; a condition that is handed on as a
+value stays a symbol, which SDPA refuses.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -92,7 +97,8 @@ def choose_kernel(
     if not flash:
         return Kernel("plain", "use_flash_attention is false: all scores are held in memory, the slow path")
     if device.type != "cuda":
-        return Kernel("sdpa", f"PyTorch's fused attention on {device.type}{hidden}")
+        blocks = "" if dtype == torch.float32 else "; compiled, blocks of queries in plain products, faster there"
+        return Kernel("sdpa", f"PyTorch's fused attention on {device.type}{blocks}{hidden}")
     widths = rounded(qk_head_dim), rounded(v_head_dim)
     capability = compute_capability(device)
     if dtype not in (torch.float32, *HALF) or (dtype == torch.bfloat16 and capability < (8, 0)):
@@ -111,10 +117,21 @@ def choose_kernel(
     # Slower than FlashAttention-2 on GeForce cards, Blackwell (12.0) included: huggingface/transformers#48163.
     fits = max(widths) <= CUDNN_WIDTH or widths == (192, 128)
     if (9, 0) <= capability < (12, 0) and fits and cudnn_accepts(device, dtype, *widths):
-        return Kernel("cudnn", "cuDNN's fused kernel, the fastest for causal attention on this GPU")
+        return Kernel("cudnn", "cuDNN's fused kernel, the fastest for training on this GPU; without gradients, flash")
     if version == 3:
         return Kernel("flash-attn", "FlashAttention-3, as cuDNN does not take these heads")
     return Kernel("flash", "PyTorch's FlashAttention-2")
+
+
+@functools.cache
+def warn_of_padding(kernel: str) -> None:
+    """Say, once per kernel, that an `attention_mask` keeps a fused causal kernel from running."""
+    if kernel in ("cudnn", "flash", *PACKED):
+        warnings.warn(
+            f"attention: an attention_mask is given, so not {kernel} runs but the memory-efficient kernel with a mask "
+            "over all pairs: the slow path. Rows of one length, or documents packed into such rows, need no mask.",
+            stacklevel=4,  # the caller of the model
+        )
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -153,15 +170,22 @@ def attend(query: Tensor, key: Tensor, value: Tensor, positions: Positions, scal
         return cuda_attention(query, key, value, mask, scale, kernel)
     if torch.compiler.is_compiling() and length == keys and query.dtype != torch.float32:
         return blocked_attention(query, key, value, mask, scale)
-    causal, grouped = mask is None and length > 1, query.shape[1] != key.shape[1]
+    grouped = query.shape[1] != key.shape[1]
     width, v_dim = max(query.shape[-1], value.shape[-1]), value.shape[-1]
     if grouped and query.shape[-1] != v_dim:  # absorbed latent attention: not worth a copy of the whole cache
         return plain_attention(query, key, value, mask, scale)
     query, key, value = (widened(states, width) for states in (query, key, value))  # it takes no unequal heads
     out = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
+        query, key, value, attn_mask=mask, is_causal=is_causal(mask, length), scale=scale, enable_gqa=grouped
     )
     return out.narrow(-1, 0, v_dim)
+
+
+def is_causal(mask: Tensor | None, length: int) -> bool:
+    """What SDPA is told: a single query without a mask sees all keys."""
+    if length == 1:  # a branch, as compiled code needs a bool
+        return False
+    return mask is None
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -172,12 +196,24 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
     groups, length = query.shape[1] // key.shape[1], query.shape[2]
     if mask is None and length > 1:
         mask = causal_mask(length, key.shape[2], query.device)
-    scores = query.unflatten(1, (-1, groups)).flatten(2, 3) @ key.transpose(-1, -2)
-    scores = scores.unflatten(2, (groups, length)).float() * scale
+    scores = score_products(query.unflatten(1, (-1, groups)).flatten(2, 3), key.transpose(-1, -2))
+    scores = scores.unflatten(2, (groups, length)) * scale
     if mask is not None:
         scores = scores.masked_fill(~mask.unsqueeze(2), float("-inf"))
     weights = scores.softmax(-1).to(value.dtype)
     return (weights.flatten(2, 3) @ value).unflatten(2, (groups, length)).flatten(1, 2)
+
+
+def score_products(query: Tensor, key: Tensor) -> Tensor:
+    """Float32 [batch, kv_heads, rows, keys] of [batch, kv_heads, rows, width] and [batch, kv_heads, width, keys].
+
+    Half-precision products are rounded to their dtype, but for generation on CUDA: there cuBLAS hands out the float32
+    sums that it has, and no float32 copy of the keys is made. That call has no gradient.
+    """
+    if query.device.type == "cuda" and query.dtype in HALF and not torch.is_grad_enabled():
+        sums = torch.bmm(query.flatten(0, 1), key.flatten(0, 1), out_dtype=torch.float32)
+        return sums.unflatten(0, query.shape[:2])
+    return (query @ key).float()
 
 
 def blocked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -185,15 +221,18 @@ def blocked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
 
     The scores of a block stay in cache and its products run at the rate of a CPU's matrix unit, where PyTorch's kernel
     reaches a quarter (2.3 times faster, forward and backward at length 512). In float32 that kernel is the faster one.
-    Shapes as in `plain_attention`, with as many queries as keys.
+    Shapes as in `plain_attention`, with as many queries as keys. Branches on the length alone, no `range` or `min`, let
+    all lengths with the same number of blocks share one compiled graph.
     """
     length = query.shape[2]
-    block = max(128, -(-length // 8))
+    block = 128 if length <= 1024 else -(-length // 8)
     outputs = []
-    for start in range(0, length, block):
-        stop = min(length, start + block)
+    start = 0
+    while start < length:
+        stop = start + block if start + block < length else length
         visible = None if mask is None else mask[:, :, start:stop, :stop]
         outputs.append(plain_attention(query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop], visible, scale))
+        start = stop
     return torch.cat(outputs, dim=2)
 
 
@@ -231,6 +270,8 @@ def cuda_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Non
     of repeating it for every query head.
     """
     length, v_dim = query.shape[2], value.shape[-1]
+    if kernel == "cudnn" and not (torch.is_grad_enabled() and length > 1):
+        kernel = "flash"  # generation has a new shape every step, and cuDNN would make a plan for each
     groups, widest = query.shape[1] // key.shape[1], max(query.shape[-1], v_dim)
     backends = fused_backends(kernel, masked=mask is not None, width=widest)
     fused_groups = SDPBackend.FLASH_ATTENTION in backends
@@ -246,7 +287,7 @@ def cuda_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Non
             widened(key, qk_width),
             widened(value, v_width),
             attn_mask=mask,
-            is_causal=mask is None and length > 1,
+            is_causal=is_causal(mask, length),
             scale=scale,
             enable_gqa=groups > 1 and fused_groups,
         )
