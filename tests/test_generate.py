@@ -299,6 +299,43 @@ def test_training_goes_on_as_if_nothing_had_been_generated():
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize(("family", "layers"), [("llama", 10), ("deepseek_v3", 2)])
+def test_compiled_models_generate_and_train_on(family, layers):
+    """Every step of generation is a new shape: none is compiled, and training keeps the recompilations it may have."""
+    torch._dynamo.reset()
+    compiled, plain = (make_model(family, num_hidden_layers=layers).train() for _ in range(2))
+    passes = []
+
+    def backend(graph, inputs):
+        passes.append("compiled")
+        return graph
+
+    for part in [*compiled.layers, compiled.norm]:
+        part.compile(fullgraph=True, backend=backend)
+
+    def step(length: int) -> None:
+        ids = tokens(2, length + 1)
+        found, expected = (model(ids[:, :-1], labels=ids[:, 1:]).objective for model in (compiled, plain))
+        assert found.item() == pytest.approx(expected.item(), abs=1e-5)
+        found.backward()
+
+    step(8)
+    before = len(passes)
+    assert before
+    prompts, params = requests(5)
+    for found, expected in zip(*(generate(model, prompts, params) for model in (compiled, plain)), strict=True):
+        check(found, expected)
+    engine = Engine(compiled)
+    engine.submit(prompts[0], params[0])
+    while engine.busy:
+        engine.step()
+    assert len(passes) == before
+    step(8)
+    assert len(passes) == before  # what was compiled is used
+    step(9)
+    assert len(passes) > before  # and more is compiled where needed
+
+
 # generate() of the models
 
 

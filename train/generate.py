@@ -315,12 +315,16 @@ def generate_ids(
 
 @contextmanager
 def _evaluation(model: BaseModelForCausalLM) -> Iterator[None]:
-    """Evaluation mode for a while; each module that was in training mode goes back to it."""
+    """Evaluation mode for a while; each module that was in training mode goes back to it.
+
+    Compiled blocks run eager: every step has a new shape, and training would have none of its recompilations left.
+    """
     training = [module for module in model.modules() if module.training] if model.training else []
     for module in training:
         module.training = False
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for module in training:
             module.training = True
