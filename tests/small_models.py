@@ -1,4 +1,4 @@
-"""Small models of every family with weights large enough to matter, for the tests of caches and generation."""
+"""Small models with weights large enough to matter, for all tests of models, caches and generation."""
 
 from __future__ import annotations
 
@@ -13,16 +13,26 @@ VOCAB = FAMILIES["llama"]["vocab_size"]
 POSITIONS = FAMILIES["llama"]["max_position_embeddings"]
 
 
-def make_model(family: str = "llama", seed: int = 0, **fields: Any) -> BaseModelForCausalLM:
-    """A model in evaluation mode whose logits are spread widely enough that no greedy choice is a tie."""
-    config = ModelRegistry.parse_config({**FAMILIES[family], **fields}, "test")
+def build_model(fields: dict[str, Any], seed: int = 0, std: float = 0.1) -> BaseModelForCausalLM:
+    """The model of a configuration, as constructed (in training mode), its weights, norms and all biases random.
+
+    They are large enough to matter, and logits small enough (about 1) for an absolute tolerance of 1e-5.
+    """
+    config = ModelRegistry.parse_config(fields, "test")
     model = ModelRegistry.create_model(config.model_type, config)
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        parameter.data.normal_(1.0 if "norm" in name else 0.0, 0.2, generator=generator)
-    for buffer in model.buffers():
-        buffer.data.normal_(0.0, 0.1, generator=generator)
-    return model.eval()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        spread = 0.5 if "mlp.gate.weight" in name else std
+        tensor.data.normal_(1.0 if "norm" in name else 0.0, spread, generator=generator)
+    return model
+
+
+def make_model(family: str = "llama", seed: int = 0, **fields: Any) -> BaseModelForCausalLM:
+    """A family's tiny model in evaluation mode, its logits so far apart that no greedy choice is a tie.
+
+    `fields` change its configuration.
+    """
+    return build_model({**FAMILIES[family], **fields}, seed, std=0.2).eval()
 
 
 def tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:

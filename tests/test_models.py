@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 import yaml
-from family_runs import FAMILIES
+from small_models import FAMILIES, make_model, tokens
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from training_runs import MODEL, ROOT
@@ -23,26 +23,7 @@ from train.parallel import initialize, shard
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
 
 
-def make_model(
-    seed: int = 0, dtype: torch.dtype = torch.float32, family: str = "llama", **fields
-) -> BaseModelForCausalLM:
-    """A small model whose weights, norms and biases too, are large enough to matter."""
-    config = ModelRegistry.parse_config(
-        {**FAMILIES[family], "vocab_size": 97, "max_position_embeddings": 64, **fields}, "test"
-    )
-    model = ModelRegistry.create_model(config.model_type, config)
-    generator = torch.Generator().manual_seed(seed)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        tensor.data.normal_(1.0 if "norm" in name else 0.0, 0.1, generator=generator)
-    model.compute_dtype = dtype
-    return model
-
-
-def tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(0, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-# Parameter counts and the registry
+# Model files
 
 
 @pytest.mark.parametrize(
@@ -90,7 +71,7 @@ def test_overrides_replace_fields(tmp_path):
     assert len(model.layers) == 1
 
 
-# Attention, masks and the cache
+# Documents and padding
 
 
 def positions_of(ends: list[int], length: int) -> torch.Tensor:
@@ -114,7 +95,7 @@ def test_document_borders_include_the_rows():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padding_changes_nothing(family, flash):
     """Rows padded on either side have the logits of the row alone: rotary positions are relative."""
-    model = make_model(family=family, use_flash_attention=flash)
+    model = make_model(family, use_flash_attention=flash)
     ids = tokens(3, 12)
     mask = torch.ones(3, 12, dtype=torch.int64)
     mask[1, 8:], mask[2, :5] = 0, 0
@@ -145,7 +126,7 @@ def test_gradient_checkpointing_changes_no_bit(family):
     """Nor is the load of the experts counted twice."""
     found = []
     for recompute in (False, True):
-        model = make_model(family=family, gradient_checkpointing=recompute).train()
+        model = make_model(family, gradient_checkpointing=recompute).train()
         ids = tokens(2, 33)
         output = model(ids[:, :-1], labels=ids[:, 1:])
         output.objective.backward()
@@ -157,7 +138,7 @@ def test_gradient_checkpointing_changes_no_bit(family):
 @pytest.mark.parametrize("family", [name for name in FAMILIES if make_model(family=name).experts()])
 def test_the_balance_loss_is_part_of_training_only(family):
     """Its weight is that of the configuration, and each sequence counts by its valid labels."""
-    model, ids = make_model(family=family), tokens(2, 21)
+    model, ids = make_model(family), tokens(2, 21)
     labels = ids[:, 1:].clone()
     labels[1, :15] = IGNORE_INDEX
     assert model.eval()(ids[:, :-1], labels=labels).balance_loss is None
@@ -176,7 +157,8 @@ def test_the_balance_loss_is_part_of_training_only(family):
 
 def test_bf16_keeps_master_weights_and_stays_close():
     ids = tokens(2, 65)
-    exact, rough = make_model(), make_model(dtype=torch.bfloat16)
+    exact, rough = make_model(), make_model()
+    rough.compute_dtype = torch.bfloat16
     losses = [model(ids[:, :-1], labels=ids[:, 1:]).loss for model in (exact, rough)]
     assert losses[1].dtype == torch.float32
     torch.testing.assert_close(losses[1], losses[0], rtol=5e-3, atol=0)
@@ -192,7 +174,7 @@ def test_bf16_keeps_master_weights_and_stays_close():
 
 def fresh(seed: int, family: str = "llama", **fields) -> BaseModelForCausalLM:
     with torch.device("meta"):
-        model = make_model(family=family, **fields)
+        model = make_model(family, **fields)
     model.to_empty(device="cpu")
     initialize(model, seed, ALONE)
     return model
@@ -228,11 +210,11 @@ def process_group(tmp_path):
 @pytest.mark.parametrize("world_size", [2, 3, 8])
 def test_slices_of_any_world_size_make_up_the_same_weights(world_size, family, process_group):
     """What each rank of a sharded model would draw, put together; 97 rows leave the last of 8 ranks short."""
-    whole = dict(fresh(7, family).named_parameters())
+    whole = dict(fresh(7, family, vocab_size=97).named_parameters())
     parts: dict[str, list[torch.Tensor]] = {name: [] for name in whole}
     mesh = init_device_mesh("cpu", (1,))
     for rank in range(world_size):
-        model = make_model(family=family)
+        model = make_model(family, vocab_size=97)
         for module in list(model.modules()):
             for name, parameter in list(module.named_parameters(recurse=False)):
                 chunks = parameter.detach().chunk(world_size)
@@ -254,7 +236,8 @@ def test_sharding_changes_no_bit(family, dtype, process_group):
     """FSDP casts the weights and nothing else: on one rank, outputs and gradients are those of the plain model."""
     ids, found = tokens(2, 65), []
     for sharded in (False, True):
-        model = make_model(family=family, dtype=dtype, max_position_embeddings=4096)
+        model = make_model(family, max_position_embeddings=4096)
+        model.compute_dtype = dtype
         if sharded:
             shard(model, ALONE)
         positions = torch.arange(4000, 4064).expand(2, 64)  # far enough for bf16 angles to be wrong

@@ -14,13 +14,13 @@ import pytest
 import torch
 import transformers
 from naive_models import naive_logits
+from small_models import VOCAB, build_model, tokens
 from torch import Tensor
 
 from train.loss import IGNORE_INDEX
 from train.models import BaseModelForCausalLM, ModelRegistry
 from train.models.hf import hub_parts
 
-VOCAB = 97
 TINY = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -147,21 +147,6 @@ NAIVE: dict[str, dict[str, Any]] = {
 ALL = {**VARIANTS, **NAIVE}
 
 
-def make_model(fields: dict[str, Any]) -> BaseModelForCausalLM:
-    """A model whose weights, norms, biases and router biases too, are large enough to matter."""
-    config = ModelRegistry.parse_config(fields, "test")
-    model = ModelRegistry.create_model(config.model_type, config)
-    generator = torch.Generator().manual_seed(0)
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        mean, std = (1.0 if "norm" in name else 0.0), (0.5 if "mlp.gate.weight" in name else 0.1)
-        tensor.data.normal_(mean, std, generator=generator)
-    return model
-
-
-def tokens(batch: int, length: int, seed: int = 1) -> Tensor:
-    return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
 def hub_tensors(model: BaseModelForCausalLM, tensors: dict[str, Tensor], *, stacked: bool = False) -> dict[str, Tensor]:
     """Slices of tensors by our names under the hub's; `stacked`: experts in one tensor, as `transformers` has them."""
     config, found = model.config, {}
@@ -195,7 +180,7 @@ def hub_tensors(model: BaseModelForCausalLM, tensors: dict[str, Tensor], *, stac
 
 @pytest.mark.parametrize("fields", ALL.values(), ids=ALL)
 def test_the_exporter_has_the_same_names(fields: dict[str, Any]):
-    model = make_model(fields)
+    model = build_model(fields)
     ours = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     found = {part.hub: ours[part.ours][part.place] for part in hub_parts(model)}
     expected = hub_tensors(model, ours)
@@ -253,7 +238,7 @@ def loss_and_gradients(model: BaseModelForCausalLM, ids: Tensor, labels: Tensor)
 
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
 def test_logits_loss_and_every_gradient_equal_transformers(fields: dict[str, Any]):
-    model = make_model(fields)
+    model = build_model(fields)
     other = hugging_face(model, fields)
     ids = tokens(3, 65)
     logits = model(ids[:, :-1]).logits
@@ -275,7 +260,7 @@ def test_logits_loss_and_every_gradient_equal_transformers(fields: dict[str, Any
 @pytest.mark.parametrize("fields", NAIVE.values(), ids=NAIVE)
 def test_logits_loss_and_every_gradient_equal_plain_loops(fields: dict[str, Any]):
     """The loops run in float64 on a sequence long enough to leave yarn's unstretched range."""
-    model = make_model(fields)
+    model = build_model(fields)
     ids = tokens(1, 25)
     leaves = {n: t.detach().double() for n, t in (*model.named_parameters(), *model.named_buffers())}
     for name, _ in model.named_parameters():
@@ -297,7 +282,7 @@ def test_logits_loss_and_every_gradient_equal_plain_loops(fields: dict[str, Any]
 @pytest.mark.parametrize("fields", ALL.values(), ids=ALL)
 def test_documents_do_not_see_each_other(fields: dict[str, Any]):
     """A document in a row gives the logits that it gives alone, whatever the others hold."""
-    model, length, ends = make_model(fields), 50, [13, 14, 40]
+    model, length, ends = build_model(fields), 50, [13, 14, 40]
     ids = tokens(2, length)
     borders = list(itertools.pairwise([0, *ends, length]))
     positions = torch.cat([torch.arange(b - a) for a, b in borders]).expand(2, length)
@@ -324,7 +309,7 @@ def test_a_compiled_block_equals_eager(fields: dict[str, Any]):
     ids, positions = tokens(2, 33), torch.cat([torch.arange(12), torch.arange(20)]).expand(2, 32)
     found = []
     for compiled in (False, True):
-        model = make_model(fields)
+        model = build_model(fields)
         if compiled:
             model.layers[-1].compile(fullgraph=True)
         loss = model(ids[:, :-1], labels=ids[:, 1:], position_ids=positions, mask_documents=True).objective
