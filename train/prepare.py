@@ -130,7 +130,7 @@ class Setup:
             f"the ranks share a step as {self.ranks.world_size} rank(s) x {self.accumulation} micro-batch(es) "
             f"x {config.training.batch_size} windows"
         )
-        run.say(f"attention: {self.model.attention_kernel(self.ranks.device, documents=config.data.document_mask)}")
+        run.say(str(self.model.attention_kernel(self.ranks.device, documents=config.data.document_mask)))
         for warning in summarize(self.plan)["warnings"]:
             run.say(f"note: {warning}")
         if self.checkpoint is None:
