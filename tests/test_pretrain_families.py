@@ -155,7 +155,7 @@ def test_compiled_bf16_recomputed_and_masked_ranks_learn_what_one_plain_process_
     assert "resuming from" in run(path)
     expected, found = losses(tmp_path / "plain" / "run"), losses(tmp_path / "all" / "run")
     assert len(found) == 12
-    assert found == pytest.approx(expected, rel=5e-3)
+    assert found == pytest.approx(expected, rel=5e-4)
     assert found[-1] < found[0] - 0.2
 
 
