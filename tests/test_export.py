@@ -16,14 +16,15 @@ import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_parity import ALL, MINIMIND2_MOE, MINIMIND3, V3, VARIANTS, make_model, tokens
+from small_models import VOCAB, build_model, tokens
+from test_parity import ALL, MINIMIND2_MOE, MINIMIND3, V3, VARIANTS
 from training_runs import ROOT, step_folder, texts, train_here, train_tokenizer, write_experiment, write_sources
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from shards.errors import UserError
 from tools.export import app
-from tools.generate import continue_prompts
+from tools.generate import continue_prompts, load
 from tools.hub_export import export_pretrained
 from tools.hub_files import parse_size
 from tools.hub_import import import_pretrained
@@ -38,9 +39,9 @@ def write_run(run: Path, model: BaseModelForCausalLM) -> Path:
     state = model.state_dict()
     write_weights(run / "checkpoints", {k: tuple(v.shape) for k, v in state.items()}, state.__getitem__, "a test")
     (run / "model.yaml").write_text(yaml.safe_dump(model.config.model_dump(exclude_none=True)))
-    tokenizer = train_tokenizer(texts()["prose"][:20], vocab_size=300)
+    tokenizer = train_tokenizer(texts()["prose"][:20], vocab_size=VOCAB)
     (run / "tokenizer.json").write_text(tokenizer.to_str())
-    data = {"vocab_size": 300, "eos_id": 0, "bos_id": None}
+    data = {"vocab_size": VOCAB, "eos_id": 0, "bos_id": None}
     (run / "manifest.json").write_text(json.dumps({"name": "tiny", "parameters": model.get_num_params(), "data": data}))
     return run
 
@@ -68,7 +69,7 @@ def export(*arguments: object) -> tuple[int, str]:
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
 def test_transformers_computes_the_same_and_the_way_back_too(fields, tmp_path):
     """Checkpoint -> export -> transformers; export -> import -> checkpoint, bit by bit; every variant."""
-    model = make_model({**fields, "vocab_size": 300}).eval()
+    model = build_model({**fields, "vocab_size": VOCAB}).eval()
     write_run(tmp_path / "run", model)
     made = export_pretrained(tmp_path / "run", tmp_path / "out", dtype="float32")
     other, info = AutoModelForCausalLM.from_pretrained(
@@ -92,7 +93,7 @@ def test_transformers_computes_the_same_and_the_way_back_too(fields, tmp_path):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_dtypes_and_shards(dtype, tmp_path):
     """Shards hold what one file holds; biases of routers stay float32; offsets are aligned."""
-    model = make_model({**V3, "vocab_size": 300, "hidden_size": 40, "n_routed_experts": 12})
+    model = build_model({**V3, "vocab_size": VOCAB, "hidden_size": 40, "n_routed_experts": 12})
     write_run(tmp_path / "run", model)
     one = export_pretrained(tmp_path / "run", tmp_path / "one", dtype=dtype)
     many = export_pretrained(tmp_path / "run", tmp_path / "many", dtype=dtype, max_shard_size=15_000)
@@ -118,7 +119,7 @@ def test_dtypes_and_shards(dtype, tmp_path):
 
 def test_a_tensor_of_one_row_is_written_whole(tmp_path):
     """Heads of one key and sizes that leave odd numbers of bytes."""
-    model = make_model({**VARIANTS["llama, one key head, biases"], "vocab_size": 301, "intermediate_size": 5})
+    model = build_model({**VARIANTS["llama, one key head, biases"], "vocab_size": VOCAB + 1, "intermediate_size": 5})
     write_run(tmp_path / "run", model)
     export_pretrained(tmp_path / "run", tmp_path / "out")
     half = load_pretrained(tmp_path / "out").state_dict()
@@ -167,7 +168,7 @@ def test_a_checkpoint_of_a_run(trained, tmp_path):
 
 
 def test_a_model_that_transformers_lacks(tmp_path):
-    model = make_model({**MINIMIND2_MOE, "vocab_size": 300, "n_shared_experts": 2})
+    model = build_model({**MINIMIND2_MOE, "vocab_size": VOCAB, "n_shared_experts": 2})
     run = write_run(tmp_path / "run", model)
     with pytest.raises(UserError, match=r"minimind 2 with experts.*--format pth"):
         export_pretrained(run, tmp_path / "out")
@@ -182,11 +183,14 @@ def test_a_model_that_transformers_lacks(tmp_path):
     again, _, eos_id = load_run(tmp_path / "back")
     assert torch.equal(again(tokens(1, 9)).logits, model(tokens(1, 9)).logits)
     assert eos_id == 0
+    writer, again_writer = load(tmp_path / "out"), load(tmp_path / "back")
+    assert writer.stop_ids == again_writer.stop_ids == (0,)
+    assert load(step_folder(tmp_path / "back", 0)).stop_ids == (0,)
 
 
 def test_a_torch_file_loads_strictly(tmp_path):
     """PyTorch asks for a tied head as well, and the file has it."""
-    model = make_model({**MINIMIND3, "vocab_size": 300})
+    model = build_model({**MINIMIND3, "vocab_size": VOCAB})
     run = write_run(tmp_path / "run", model)
     export_pretrained(run, tmp_path / "out", file_format="pth", dtype="float32")
     export_pretrained(run, tmp_path / "native")
@@ -255,8 +259,29 @@ def test_what_may_be_overwritten(trained, tmp_path):
     export_pretrained(trained, tmp_path / "empty")
 
 
+def test_only_their_own_work_is_overwritten(trained, tmp_path):
+    """Neither command replaces what it reads, what the other made, or a model that was downloaded."""
+    export_pretrained(trained, tmp_path / "out")
+    import_pretrained(tmp_path / "out", tmp_path / "back")
+    export_pretrained(tmp_path / "back", tmp_path / "again")
+    (tmp_path / "downloaded").mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / "downloaded" / name).write_bytes((tmp_path / "out" / name).read_bytes())
+    (tmp_path / "downloaded" / "README.md").write_text("---\ntags:\n- chat\n---\n\nnot ours\n- minigpt\n")
+    for name in ("back", "downloaded"):
+        with pytest.raises(UserError, match="does not look like a folder that this command made"):
+            export_pretrained(tmp_path / "back", tmp_path / name, overwrite=True)
+    for folder in (tmp_path / "out", tmp_path / "downloaded", trained):
+        with pytest.raises(UserError, match="does not look like a folder that this command made"):
+            import_pretrained(tmp_path / "out", folder, overwrite=True)
+    export_pretrained(trained, tmp_path / "again", overwrite=True)
+    import_pretrained(tmp_path / "downloaded", tmp_path / "back", overwrite=True)
+    assert (tmp_path / "downloaded" / "model.safetensors").exists()
+    assert "master weights" in (tmp_path / "again" / "README.md").read_text()
+
+
 def test_float16_that_overflows_is_said(tmp_path):
-    model = make_model({**ALL["llama, wide heads"], "vocab_size": 300})
+    model = build_model({**ALL["llama, wide heads"], "vocab_size": VOCAB})
     model.norm.weight.data[3] = 70_000.0
     write_run(tmp_path / "run", model)
     with pytest.raises(UserError, match=r"model\.norm\.weight: a value is beyond float16's.*bfloat16"):
@@ -285,7 +310,7 @@ def test_sources_that_are_none(trained, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_said(tmp_path):
-    run = write_run(tmp_path / "run", make_model({**MINIMIND3, "vocab_size": 300}))
+    run = write_run(tmp_path / "run", build_model({**MINIMIND3, "vocab_size": VOCAB}))
     data = next(step_folder(run, 0).glob("*.distcp"))
     data.write_bytes(data.read_bytes()[:1000])
     with pytest.raises(UserError, match="the checkpoint cannot be read"):
@@ -341,8 +366,8 @@ def test_memory_is_that_of_a_tensor_not_of_the_model(tmp_path):
     sizes: dict[str, dict[str, Any]] = {"small": {}, "large": {"hidden_size": 1024, "intermediate_size": 4096}}
     for name, fields in sizes.items():
         layers = 16 if fields else 2
-        model = make_model(
-            {**VARIANTS["llama, as many heads"], **fields, "vocab_size": 300, "num_hidden_layers": layers}
+        model = build_model(
+            {**VARIANTS["llama, as many heads"], **fields, "vocab_size": VOCAB, "num_hidden_layers": layers}
         )
         write_run(tmp_path / name / "run", model)
         size = sum(p.numel() * 4 for p in model.parameters())

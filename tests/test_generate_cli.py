@@ -100,6 +100,7 @@ def test_a_stop_token(folder):
         (["-p", "a", "--top-p", "0"], "top_p must be above 0 and at most 1, not 0"),
         (["-p", "a", "--stop", "two words"], "--stop 'two words': not one token"),
         (["-p", "a", "--checkpoint", "x"], "has no checkpoints"),
+        (["-p", "-", "-p", "-"], "can be read once"),
     ],
 )
 def test_mistakes(folder, options, message):
@@ -108,8 +109,13 @@ def test_mistakes(folder, options, message):
 
 
 def test_other_folders(folder, tmp_path):
-    with pytest.raises(UserError, match="no run folder"):
+    with pytest.raises(UserError, match="neither a run"):
         load(tmp_path)
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(UserError, match=r"tokenizer\.json is missing"):
         load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=r"tokenizer\.json: not readable as a tokenizer"):
+        load(tmp_path)
+    with pytest.raises(UserError, match="no such folder"):
+        load(tmp_path / "nowhere")

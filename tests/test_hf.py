@@ -11,7 +11,8 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from test_parity import ALL, DEEPSEEK_YARN, LLAMA3, MINIMIND2_MOE, QWEN3_MOE, V3, VARIANTS, make_model, tokens
+from small_models import build_model, tokens
+from test_parity import ALL, DEEPSEEK_YARN, LLAMA3, MINIMIND2_MOE, QWEN3_MOE, V3, VARIANTS
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM
@@ -45,7 +46,7 @@ def write_folder(folder: Path, model: BaseModelForCausalLM, shards: int = 1) -> 
 
 @pytest.mark.parametrize("fields", ALL.values(), ids=ALL)
 def test_every_number_of_ours_has_one_name_on_the_hub(fields):
-    model = make_model(fields)
+    model = build_model(fields)
     parts = hub_parts(model)
     assert len({part.hub for part in parts}) == len(parts)
     seen = {name: torch.zeros(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -59,7 +60,7 @@ def test_every_number_of_ours_has_one_name_on_the_hub(fields):
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
 def test_names_and_configuration_are_those_that_transformers_writes(fields, tmp_path):
     """Ours -> transformers -> its save_pretrained -> ours: equal names, tensors, configuration and logits."""
-    model = make_model(fields).eval()
+    model = build_model(fields).eval()
     tensors = write_folder(tmp_path / "ours", model)
     if fields["model_type"] == "minimind2":
         (tmp_path / "ours" / "config.json").write_text(json.dumps(hf_config(model.config, "float32")))
@@ -81,7 +82,7 @@ def test_names_and_configuration_are_those_that_transformers_writes(fields, tmp_
 @pytest.mark.parametrize("fields", [QWEN3_MOE, V3, MINIMIND2_MOE], ids=["qwen3_moe", "deepseek_v3", "minimind2"])
 def test_shards_torch_files_and_stacked_experts(fields, tmp_path):
     """The same weights in several files, as one file of torch, and with the experts of a layer as one tensor."""
-    model, ids = make_model(fields).eval(), tokens(2, 20)
+    model, ids = build_model(fields).eval(), tokens(2, 20)
     tensors = write_folder(tmp_path / "shards", model, shards=3)
     expected = model(ids).logits
     assert torch.equal(load_pretrained(tmp_path / "shards")(ids).logits, expected)
@@ -101,7 +102,7 @@ def test_shards_torch_files_and_stacked_experts(fields, tmp_path):
 
 def test_dtypes(tmp_path):
     """Weights are cast to the model's dtype; a router's bias stays float32."""
-    model = make_model(V3)
+    model = build_model(V3)
     tensors = write_folder(tmp_path, model)
     half = {name: tensor.bfloat16() if "bias" not in name else tensor for name, tensor in tensors.items()}
     save_file(half, tmp_path / "model.safetensors")
@@ -117,8 +118,8 @@ def test_dtypes(tmp_path):
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
 def test_each_rank_of_a_sharded_model_gets_its_rows(world_size, tmp_path):
-    """What FSDP2 ranks hold, put together, is the whole; 8 experts and 97 rows leave some ranks short."""
-    whole = make_model(V3)
+    """What FSDP2 ranks hold, put together, is the whole; 8 experts and 400 rows leave some ranks short."""
+    whole = build_model(V3)
     write_folder(tmp_path, whole, shards=2)
     found: dict[str, list[torch.Tensor]] = {}
     for rank in range(world_size):
@@ -143,7 +144,7 @@ def test_each_rank_of_a_sharded_model_gets_its_rows(world_size, tmp_path):
 
 def test_a_head_that_is_the_embedding(tmp_path):
     """A copy of it in the file is no matter where it is tied; where it is not, the file must have it."""
-    tied = make_model(ALL["llama, grouped, tied"])
+    tied = build_model(ALL["llama, grouped, tied"])
     tensors = write_folder(tmp_path, tied)
     tables = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}  # of Llama 2's files
     save_file({**tensors, **tables, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, tmp_path / "x")
@@ -157,7 +158,7 @@ def test_a_head_that_is_the_embedding(tmp_path):
 
 
 def test_layers_that_predict_further_tokens_are_left_out(tmp_path):
-    model = make_model(V3)
+    model = build_model(V3)
     tensors = write_folder(tmp_path, model)
     save_file({**tensors, "model.layers.3.eh_proj.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
     assert torch.equal(load_pretrained(tmp_path)(tokens(1, 9)).logits, model(tokens(1, 9)).logits)
@@ -183,7 +184,7 @@ BAD: dict[str, tuple[str, str]] = {
 @pytest.mark.parametrize(("damage", "message"), BAD.values(), ids=BAD)
 def test_folders_that_do_not_fit(damage, message, tmp_path):
     tensors = write_folder(
-        tmp_path, make_model(ALL["qwen3"]), shards=2 if damage in ("missing shard", "bad index") else 1
+        tmp_path, build_model(ALL["qwen3"]), shards=2 if damage in ("missing shard", "bad index") else 1
     )
     path = tmp_path / "model.safetensors"
     changed: dict[str, dict[str, Any]] = {
@@ -227,7 +228,7 @@ NONE = {
 @pytest.mark.parametrize(("name", "reason"), NONE.items())
 def test_models_that_transformers_lacks_are_refused(name, reason):
     with pytest.raises(UserError, match=f"{reason}.*--format pth"):
-        hf_config(make_model(ALL[name]).config, "float32")
+        hf_config(build_model(ALL[name]).config, "float32")
 
 
 @pytest.mark.parametrize(
@@ -247,7 +248,7 @@ def test_deepseek_beyond_transformers(fields, reason):
 
 def test_a_deepseek_without_experts(tmp_path):
     """transformers must have some number of experts; none of its layers uses them."""
-    model = make_model({**V3, "n_routed_experts": None})
+    model = build_model({**V3, "n_routed_experts": None})
     write_folder(tmp_path, model)
     other = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     ids = tokens(1, 20)
@@ -256,14 +257,14 @@ def test_a_deepseek_without_experts(tmp_path):
 
 
 def test_older_readers_find_theta_and_scaling():
-    config = hf_config(make_model({**V3, "rope_scaling": DEEPSEEK_YARN}).config, "bfloat16")
+    config = hf_config(build_model({**V3, "rope_scaling": DEEPSEEK_YARN}).config, "bfloat16")
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 500.0
     assert {**config["rope_scaling"], "rope_theta": 500.0} == config["rope_parameters"]
     assert config["rope_scaling"]["mscale"] == 0.707
     assert config["torch_dtype"] == config["dtype"] == "bfloat16"
-    plain = hf_config(make_model(ALL["qwen3"]).config, "bfloat16")
+    plain = hf_config(build_model(ALL["qwen3"]).config, "bfloat16")
     assert "rope_scaling" not in plain
-    llama3 = hf_config(make_model(ALL["llama, llama3 rope"]).config, "bfloat16")
+    llama3 = hf_config(build_model(ALL["llama, llama3 rope"]).config, "bfloat16")
     assert llama3["rope_scaling"] == LLAMA3
 
 
@@ -271,7 +272,7 @@ def test_older_readers_find_theta_and_scaling():
 HUB: dict[str, dict[str, Any]] = yaml.safe_load("""
 sizes: &sizes
   {hidden_size: 64, intermediate_size: 96, num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 4,
-  max_position_embeddings: 4096, vocab_size: 97, hidden_act: silu, initializer_range: 0.02, use_cache: true,
+  max_position_embeddings: 4096, vocab_size: 400, hidden_act: silu, initializer_range: 0.02, use_cache: true,
   tie_word_embeddings: false, attention_dropout: 0.0, bos_token_id: 1, eos_token_id: [2, 3], torch_dtype: bfloat16,
   transformers_version: 4.43.0}
 Llama-2:

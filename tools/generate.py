@@ -28,7 +28,10 @@ RULE = "─" * 80
 def generate(
     source: Annotated[
         Path,
-        typer.Argument(help="Run folder, such as experiments/demo, or a Hugging Face folder (config.json)."),
+        typer.Argument(
+            help="Run folder, such as experiments/demo, one of its checkpoints/step-… folders, a Hugging Face folder, "
+            "or what minigpt-export wrote."
+        ),
     ],
     prompt: Annotated[
         list[str],
@@ -74,6 +77,8 @@ def generate(
     """
     from train.sampling import SamplingParams
 
+    if prompt.count("-") > 1:
+        raise UserError("--prompt -: standard input can be read once; give it a single time")
     prompts = [sys.stdin.read() if text == "-" else text for text in prompt]
     params = SamplingParams(
         max_new_tokens=max_new_tokens,
@@ -185,32 +190,44 @@ class Writer:
 
 
 def load(source: Path, checkpoint: Path | None = None) -> Writer:
-    """The model of a run folder or of a Hugging Face folder, with its tokenizer and the ids that end a text.
+    """The model of a run, of one of its checkpoints or of a Hugging Face folder, with its tokenizer and end of text.
 
     Raises:
         UserError: the folder is neither, or something in it is missing or damaged.
     """
     from tokenizers import Tokenizer
 
-    if (source / "config.json").exists():
+    from tools.hub_files import read_tokenizer
+
+    if not source.is_dir():
+        raise UserError(f"{source}: no such folder; give a run, a checkpoint or a Hugging Face folder")
+    # model.yaml without a manifest: written by minigpt-export --format pth
+    exported = (source / "model.yaml").exists() and not (source / "manifest.json").exists()
+    if exported or (source / "config.json").exists():
         from train.models.hf import load_pretrained
 
         if checkpoint is not None:
             raise UserError(f"{source}: a Hugging Face folder has no checkpoints; leave out --checkpoint")
-        path = source / "tokenizer.json"
-        if not path.exists():
-            raise UserError(f"{path} is missing; copy the tokenizer of the model there")
-        return Writer(load_pretrained(source), Tokenizer.from_str(path.read_text("utf-8")), _end_ids(source), True)
+        _, tokenizer = read_tokenizer(source)
+        return Writer(load_pretrained(source), tokenizer, _end_ids(source, tokenizer), True)
+    from tools.hub_export import find_checkpoint
     from train.load import load_run
 
+    if not (source / "manifest.json").exists() and not (source / "state.json").exists():
+        raise UserError(f"{source}: no model here: neither a run (manifest.json) nor a Hugging Face one (config.json)")
+    if checkpoint is None:
+        source, checkpoint = find_checkpoint(source)
+    elif not (checkpoint / "state.json").exists():
+        folders = ", ".join(sorted(path.name for path in (source / "checkpoints").glob("step-*"))) or "none"
+        raise UserError(f"--checkpoint {checkpoint}: no checkpoint; in {source / 'checkpoints'} there are: {folders}")
     model, tokenizer_json, eos_id = load_run(source, checkpoint)
     tokenizer = Tokenizer.from_str(tokenizer_json.decode())
     tokenizer.encode_special_tokens = True  # as in the training data, where such text is text
     return Writer(model, tokenizer, () if eos_id is None else (eos_id,), False)
 
 
-def _end_ids(folder: Path) -> tuple[int, ...]:
-    """`eos_token_id` of generation_config.json, or of config.json: one, several or none."""
+def _end_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """`eos_token_id` of generation_config.json, or of config.json, or `eos_token`: one, several or none."""
     for name in ("generation_config.json", "config.json"):
         path = folder / name
         try:
@@ -219,7 +236,10 @@ def _end_ids(folder: Path) -> tuple[int, ...]:
             raise UserError(f"{path}: not valid JSON: {error}") from None
         if found is not None:
             return tuple(found) if isinstance(found, list) else (int(found),)
-    return ()
+    path = folder / "tokenizer_config.json"  # all that there is beside a model.yaml
+    token = json.loads(path.read_text("utf-8")).get("eos_token") if path.exists() else None
+    end = tokenizer.token_to_id(token) if isinstance(token, str) else None
+    return () if end is None else (end,)
 
 
 def continue_prompts(

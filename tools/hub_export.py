@@ -25,7 +25,7 @@ from tools.hub_files import (
     write_safetensors,
     write_tokenizer,
 )
-from tools.model_card import model_card
+from tools.model_card import is_card, model_card
 from train.load import load_run, newest_checkpoint, run_model_config
 from train.models import BaseModelForCausalLM, ModelRegistry
 from train.models.hf import hub_parts, load_pretrained
@@ -79,6 +79,8 @@ def find_checkpoint(source: Path) -> tuple[Path, Path]:
         return run, source
     if not source.exists():
         raise UserError(f"{source}: no such folder")
+    if (source / "config.json").exists():
+        raise UserError(f"{source}: a Hugging Face folder already; minigpt-import makes a run folder of one")
     run_model_config(source)
     return source, newest_checkpoint(source)
 
@@ -122,7 +124,7 @@ def export_pretrained(
         for part in hub_parts(model)
     ]
     size = sum(entry.size for entry in entries)
-    with new_folder(out, overwrite) as folder, progress_bar(f"writing {out}", size) as written:
+    with new_folder(out, overwrite, _made_here) as folder, progress_bar(f"writing {out}", size) as written:
         if native is None:
             tied = config.tie_word_embeddings
             files = _write_torch(folder / "model.pth", entries, weights.read, tied, written)
@@ -141,6 +143,12 @@ def export_pretrained(
         parameters = (model.get_num_params(), model.get_num_active_params())
         write_atomic(folder / "README.md", model_card(run, checkpoint, config, parameters, architecture, dtype))
     return Export(out, file_format, dtype, files, size, architecture)
+
+
+def _made_here(folder: Path) -> bool:
+    """Whether an export made a folder, going by its card; no run and no import has one."""
+    card = folder / "README.md"
+    return card.is_file() and is_card(card.read_text("utf-8", "replace")) and not (folder / "manifest.json").exists()
 
 
 def _check_names(model: BaseModelForCausalLM, weights: StoredWeights) -> None:

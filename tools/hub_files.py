@@ -27,8 +27,6 @@ from train.models.hf import Part
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-# A folder that may be replaced holds one of these, and none of those.
-_MADE, _OTHER = ("config.json", "model.yaml"), ("config.yaml", ".git")
 
 
 class Entry:
@@ -131,6 +129,25 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_atomic(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_tokenizer(folder: Path) -> tuple[bytes, Tokenizer]:
+    """`tokenizer.json` of a folder, as it is and read.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        raise UserError(
+            f"{folder}: tokenizer.json is missing; with transformers, AutoTokenizer.from_pretrained(DIR)"
+            ".save_pretrained(DIR) writes one from older tokenizer files"
+        )
+    content = path.read_bytes()
+    try:
+        return content, Tokenizer.from_str(content.decode())
+    except Exception as error:  # tokenizers raises nothing more special
+        raise UserError(f"{path}: not readable as a tokenizer ({error}); fetch the file again") from None
+
+
 def special_ids(config: dict[str, Any]) -> tuple[int | None, int | None]:
     """EOS and BOS id of a config.json or generation_config.json; of several EOS ids the first."""
     eos, bos = config.get("eos_token_id"), config.get("bos_token_id")
@@ -155,8 +172,14 @@ def write_tokenizer(folder: Path, tokenizer_json: bytes, max_length: int, eos: i
 
 
 @contextlib.contextmanager
-def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
+def new_folder(out: Path, overwrite: bool, made_here: Callable[[Path], bool]) -> Iterator[Path]:
     """A folder to write into, which becomes `out` when all has gone well; otherwise there is none.
+
+    Args:
+        out: the folder to make.
+        overwrite: replace `out`, if `made_here` knows it for the work of an earlier call: weights that were trained or
+            downloaded cannot be made again.
+        made_here: whether the same command made a folder.
 
     Raises:
         UserError: `out` is not empty and may not be replaced.
@@ -164,7 +187,7 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not overwrite:
             raise UserError(f"{out}: exists and is not empty; choose another --out, or --overwrite replaces it")
-        if not any((out / name).exists() for name in _MADE) or any((out / name).exists() for name in _OTHER):
+        if (out / ".git").exists() or not made_here(out):
             raise UserError(f"{out}: does not look like a folder that this command made, so it is not overwritten")
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = (out.parent / f".{out.name}.{end}" for end in ("tmp", "old"))
@@ -196,7 +219,8 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(what, total=total)
         yield lambda done: progress.advance(task, done)
 

@@ -18,6 +18,8 @@ _TRAINING = (
     *("warmup_steps", "min_lr_ratio", "weight_decay", "betas", "grad_clip", "mixed_precision"),
 )
 
+_TAG = "- minigpt"  # as it stands in the front matter
+
 
 def model_card(
     run: Path,
@@ -39,16 +41,17 @@ def model_card(
     """
     manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
     state = RunState.read(checkpoint)
-    front: dict[str, Any] = {"pipeline_tag": "text-generation", "tags": ["minigpt", config.model_type]}
+    front: dict[str, Any] = {"pipeline_tag": "text-generation", "tags": [_TAG.removeprefix("- "), config.model_type]}
     if architecture is not None:
         front["library_name"] = "transformers"
     total, active = parameters
+    imported = "seq_len" not in manifest
     facts = {
         "Architecture": f"{architecture or 'no architecture of transformers'} (model_type {config.model_type})",
         "Parameters": f"{total:,}" + (f", {active:,} of them used for a token" if active != total else ""),
         "Layers, hidden size, vocabulary": f"{config.num_hidden_layers}, {config.hidden_size}, {config.vocab_size:,}",
         "Context": f"{config.max_position_embeddings:,} tokens",
-        "Weights": f"{dtype} (trained with float32 master weights)",
+        "Weights": dtype if imported else f"{dtype} (trained with float32 master weights)",
         **_training_facts(run, manifest, state),
     }
     sections = [
@@ -60,6 +63,12 @@ def model_card(
         "## Use\n\n" + (_with_transformers() if architecture else _with_torch()),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def is_card(text: str) -> bool:
+    """Whether `model_card` wrote this text."""
+    front = text.removeprefix("---\n").partition("\n---\n")[0]
+    return text.startswith("---\n") and _TAG in front.splitlines()
 
 
 def _training_facts(run: Path, manifest: dict[str, Any], state: RunState) -> dict[str, str]:
