@@ -93,7 +93,8 @@ def _minimind(fields: dict[str, Any]) -> dict[str, Any]:
         "num_experts_per_tok": experts["num_experts_per_tok"],
         "moe_intermediate_size": fields["intermediate_size"],
         "norm_topk_prob": experts["norm_topk_prob"],
-        "router_aux_loss_coef": experts["aux_loss_alpha"],
+        # Qwen's coefficient is for a mean over layers of a loss that is top_k at its best, not for a sum of ones.
+        "router_aux_loss_coef": experts["aux_loss_alpha"] * fields["num_hidden_layers"] / experts["num_experts_per_tok"],
         "decoder_sparse_step": 1,
     }
 
