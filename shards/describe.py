@@ -117,7 +117,7 @@ def _warnings(plan: MixturePlan, total: int, sources: list[dict[str, Any]]) -> l
                 f"the phase from sample {phase.start:,} never begins: the run ends at {total:,} "
                 "(phases start on block borders)"
             )
-        elif phase.block > total:
+        elif phase.block > total and len(sources) > 1:
             lines.append(
                 f"the rarest source of the phase from sample {phase.start:,} comes about once in {phase.block:,} "
                 "samples, more than the whole run"

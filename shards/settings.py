@@ -48,7 +48,8 @@ def parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise UserError(f"{where}: not valid YAML: {error}") from None
+        kind = "JSON" if where.endswith(".json") else "YAML"
+        raise UserError(f"{where}: not valid {kind}: {error}") from None
 
 
 def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -192,13 +192,17 @@ class Writer:
 def load(source: Path, checkpoint: Path | None = None) -> Writer:
     """The model of a run, of one of its checkpoints or of a Hugging Face folder, with its tokenizer and end of text.
 
+    It is on the GPU in bf16 where there is one, else on the CPU in float32.
+
     Raises:
         UserError: the folder is neither, or something in it is missing or damaged.
     """
+    import torch
     from tokenizers import Tokenizer
 
     from tools.hub_files import read_tokenizer
 
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     if not source.is_dir():
         raise UserError(f"{source}: no such folder; give a run, a checkpoint or a Hugging Face folder")
     # model.yaml without a manifest: written by minigpt-export --format pth
@@ -209,7 +213,7 @@ def load(source: Path, checkpoint: Path | None = None) -> Writer:
         if checkpoint is not None:
             raise UserError(f"{source}: a Hugging Face folder has no checkpoints; leave out --checkpoint")
         _, tokenizer = read_tokenizer(source)
-        return Writer(load_pretrained(source), tokenizer, _end_ids(source, tokenizer), True)
+        return Writer(load_pretrained(source, device, dtype), tokenizer, _end_ids(source, tokenizer), True)
     from tools.hub_export import find_checkpoint
     from train.load import load_run
 
@@ -220,7 +224,7 @@ def load(source: Path, checkpoint: Path | None = None) -> Writer:
     elif not (checkpoint / "state.json").exists():
         folders = ", ".join(sorted(path.name for path in (source / "checkpoints").glob("step-*"))) or "none"
         raise UserError(f"--checkpoint {checkpoint}: no checkpoint; in {source / 'checkpoints'} there are: {folders}")
-    model, tokenizer_json, eos_id = load_run(source, checkpoint)
+    model, tokenizer_json, eos_id = load_run(source, checkpoint, device, dtype)
     tokenizer = Tokenizer.from_str(tokenizer_json.decode())
     tokenizer.encode_special_tokens = True  # as in the training data, where such text is text
     return Writer(model, tokenizer, () if eos_id is None else (eos_id,), False)

@@ -231,20 +231,36 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
 
 
 def _read(checkpoint: Path, tensors: dict[str, Any], ranks: Ranks | None) -> None:
+    if not checkpoint.is_dir():
+        raise UserError(f"{checkpoint}: no such checkpoint")
     reader = FileSystemReader(checkpoint)
     try:
-        reader.read_metadata()  # dcp would log a traceback of its own where this fails
+        # Read here first: dcp would log a traceback of its own where this fails.
+        _check_model(tensors["model"], reader.read_metadata().state_dict_metadata, checkpoint)
         dcp.load(
             tensors,
             storage_reader=reader,
             no_dist=ranks is None or ranks.world_size == 1,
             process_group=ranks and ranks.host_group,
         )
+    except UserError:
+        raise
     except (Exception, CheckpointException) as error:  # whatever unpickling and reading raise
         raise UserError(
             f"{checkpoint}: the checkpoint cannot be read ({_reason(error)}); if it is damaged, remove it, and the run "
             "goes on from the one before"
         ) from error
+
+
+def _check_model(weights: dict[str, Tensor], stored: dict[str, Any], checkpoint: Path) -> None:
+    """Refuse a checkpoint of another model: dcp would ignore what the model does not ask for."""
+    found = {name: tuple(entry.size) for name, entry in stored.items() if name.startswith("model.")}
+    wanted = {f"model.{name}": tuple(tensor.shape) for name, tensor in weights.items()}
+    if wrong := [name for name in [*wanted, *found] if found.get(name) != wanted.get(name)]:
+        raise UserError(
+            f"{checkpoint}: this is a checkpoint of another model: {wrong[0]} is {found.get(wrong[0], 'missing')} "
+            f"there, {wanted.get(wrong[0], 'unknown')} in the model"
+        )
 
 
 def _reason(error: BaseException) -> str:

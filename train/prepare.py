@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 
 from shards.describe import summarize
 from shards.errors import UserError
@@ -174,6 +175,8 @@ def prepare(config: ExperimentConfig, ranks: Ranks) -> Setup:
         raise UserError("nothing says when the run ends: give training.max_steps, or total_tokens in the mixture")
     plan = MixturePlan.build(mixture, seq_len, total_samples=max_steps and max_steps * global_batch)
     _check_vocabulary(plan, model_config)
+    if config.model.from_pretrained is not None and checkpoint is None:
+        _check_tokenizer(plan, Path(config.model.from_pretrained) / "tokenizer.json")
     total_steps, ending = _run_length(max_steps, mixture, plan, global_batch)
     if config.training.warmup_steps >= total_steps:
         raise UserError(
@@ -247,6 +250,22 @@ def _check_vocabulary(plan: MixturePlan, model_config: BaseModelConfig) -> None:
         raise UserError(
             f"the model's vocab_size is {model:,}, but the data ({path}) was tokenized with a vocabulary of only "
             f"{data:,} ids: this looks like another tokenizer; set model.overrides.vocab_size={data} if it is meant"
+        )
+
+
+def _check_tokenizer(plan: MixturePlan, path: Path) -> None:
+    """Refuse data that was tokenized with another vocabulary than that of the pretrained model, where it is known."""
+    if not path.exists():
+        return
+    dataset = plan.sources[0].dataset
+    try:
+        theirs = Tokenizer.from_file(str(path)).get_vocab()
+    except Exception as error:  # whatever the library raises
+        raise UserError(f"{path}: not readable as a tokenizer: {error}") from error
+    if theirs != Tokenizer.from_str(dataset.tokenizer_json().decode()).get_vocab():
+        raise UserError(
+            f"the data ({dataset.path}) was tokenized with other ids than the pretrained model has ({path}): tokenize "
+            f"it with minigpt-prep tokenize --tokenizer {path}"
         )
 
 

@@ -50,7 +50,9 @@ class BaseModelConfig(Settings):
     def _read_hugging_face(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        for key, allowed in {"attention_dropout": (0,), "quantization_config": (None,), **cls.fixed_keys}.items():
+        if data.get("quantization_config") is not None:
+            raise ValueError("quantization_config: this model is quantised; take its weights in bf16, fp16 or fp32")
+        for key, allowed in {"attention_dropout": (0,), **cls.fixed_keys}.items():
             if data.get(key, allowed[0]) not in allowed:
                 raise ValueError(f"{key} {data[key]!r} is not supported, only {allowed[0]!r}")
         dropped = {*INERT_KEYS, *cls.inert_keys, "attention_dropout", "quantization_config", *cls.fixed_keys}

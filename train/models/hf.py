@@ -306,4 +306,6 @@ def model_file(directory: Path) -> Path:
     for name in ("config.json", "model.yaml"):
         if (directory / name).exists():
             return directory / name
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such folder; a model of the hub has to be downloaded first")
     raise UserError(f"{directory}: no model here (neither config.json nor model.yaml)")

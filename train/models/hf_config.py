@@ -85,6 +85,7 @@ def _minimind(fields: dict[str, Any]) -> dict[str, Any]:
         return {**fields, "model_type": "llama", "attention_bias": False, "mlp_bias": False}
     if experts["n_routed_experts"] is None:
         return {**fields, "model_type": "qwen3", "attention_bias": False}
+    layers = fields["num_hidden_layers"]
     return {
         **fields,
         "model_type": "qwen3_moe",
@@ -94,7 +95,7 @@ def _minimind(fields: dict[str, Any]) -> dict[str, Any]:
         "moe_intermediate_size": fields["intermediate_size"],
         "norm_topk_prob": experts["norm_topk_prob"],
         # Qwen's coefficient is for a mean over layers of a loss that is top_k at its best, not for a sum of ones.
-        "router_aux_loss_coef": experts["aux_loss_alpha"] * fields["num_hidden_layers"] / experts["num_experts_per_tok"],
+        "router_aux_loss_coef": experts["aux_loss_alpha"] * layers / experts["num_experts_per_tok"],
         "decoder_sparse_step": 1,
     }
 

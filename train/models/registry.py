@@ -78,7 +78,7 @@ class ModelRegistry:
         """
         variants = cls._variants()
         if model_type not in variants and model_type not in cls._families:
-            raise UserError(f"{where}: {unknown_name('model_type', model_type, [*variants, *cls._families])}")
+            raise UserError(f"{where}: {unknown_name('model_type', model_type, {*variants, *cls._families})}")
         return variants.get(model_type, model_type)
 
     @classmethod
