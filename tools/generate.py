@@ -65,8 +65,8 @@ def generate(
 
     A single prompt is shown as it is written; several are computed together and shown one after the other. Text ends at
     the end of the document, at a `--stop` token, after `--max-new-tokens`, or where the model has no more positions.
-    The filters work in the order repetition penalty, temperature, top-k, top-p, min-p, as in transformers. The model runs
-    on the GPU in bf16 where there is one, else on the CPU in float32.
+    The filters work in the order repetition penalty, temperature, top-k, top-p, min-p, as in transformers. The model
+    runs on the GPU in bf16 where there is one, else on the CPU in float32.
 
     Examples
 
