@@ -190,9 +190,6 @@ def test_the_trained_model_loads(finished, data):
     assert end == 0
     older, _, _ = load_run(finished.run, step_folder(finished.run, 24))
     assert weights_sha256(older) != weights_sha256(model)
-    rounded, _, _ = load_run(finished.run, dtype=torch.bfloat16)
-    for exact, parameter in zip(model.parameters(), rounded.parameters(), strict=True):
-        assert torch.equal(parameter, exact.bfloat16())
 
 
 # What ends it, and how a step is shared

@@ -95,3 +95,11 @@ def test_a_checkpoint_of_another_model_is_refused(source, tmp_path):
         load_run(folder / "run", step_folder(tmp_path / "run", 6))
     with pytest.raises(UserError, match="no such checkpoint"):
         load_run(folder / "run", tmp_path / "nowhere")
+
+
+def test_weights_load_in_another_dtype(source):
+    exact, _, _ = load_run(source[0] / "run")
+    rounded, _, _ = load_run(source[0] / "run", dtype=torch.bfloat16)
+    for parameter, same in zip(exact.parameters(), rounded.parameters(), strict=True):
+        assert torch.equal(same, parameter.bfloat16())
+    assert all(buffer.dtype == torch.float32 for buffer in rounded.buffers())

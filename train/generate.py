@@ -285,20 +285,7 @@ def generate_ids(
     eos_token_id: int | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """Continue prompts of one length.
-
-    Args:
-        model: any model.
-        input_ids: int64 [batch, length].
-        max_length: tokens of prompt and continuation together, at most `max_position_embeddings`.
-        temperature: 0 takes the likeliest token.
-        top_k: sample among the k likeliest only.
-        eos_token_id: a row that has produced it is filled up with it; all rows done ends generation.
-        seed: row i draws with the seed made from (seed, i).
-
-    Returns:
-        int64 [batch, <= max_length], the prompts included.
-    """
+    """What `BaseModelForCausalLM.generate` does, and describes; row i draws with the seed made from (seed, i)."""
     batch, length = input_ids.shape
     count = min(max_length, model.config.max_position_embeddings) - length
     if count < 1:
