@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from pathlib import Path
@@ -58,7 +59,10 @@ def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        names = [other.name for other in path.parent.glob("*")]
+        nearest = difflib.get_close_matches(path.name, names, n=1, cutoff=0.8)
+        hint = f"; did you mean {path.parent / nearest[0]}?" if nearest else ""
+        raise UserError(f"{path}: no such file{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     data = parse_yaml(text, str(path))

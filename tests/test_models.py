@@ -66,6 +66,12 @@ def test_mistakes_in_a_model_file(tmp_path, fields, message):
     assert str(path) in str(caught.value)
 
 
+def test_a_file_that_is_not_there_names_the_nearest():
+    folder = ROOT / "configs" / "model" / "qwen"
+    with pytest.raises(UserError, match=re.escape(f"no such file; did you mean {folder / '3-0.6b.yaml'}?")):
+        ModelRegistry.load_config(folder / "3-0.6.yaml")
+
+
 def test_overrides_replace_fields(tmp_path):
     model = ModelRegistry.create_from_yaml(ROOT / "configs/model/llama/29m.yaml", {"num_hidden_layers": 1})
     assert len(model.layers) == 1
