@@ -23,14 +23,14 @@ class ExperimentSection(Settings):
     description: str = ""
     tags: tuple[str, ...] = Field((), strict=False)  # a YAML list
     seed: int = 42
-    stage: Literal["pretrain"] = "pretrain"
+    stage: Literal["pretrain", "midtrain"] = "pretrain"  # which entry file of train/ runs it
 
 
 class ModelSection(Settings):
     """The model: a file (`config_path`) or its fields inline (`config`), with `overrides` on top.
 
-    With `from_pretrained` training starts from the weights of a Hugging Face folder, whose config.json is the model
-    file where no other is given.
+    With `from_pretrained` training starts from the weights of a Hugging Face folder, a run folder (its newest
+    checkpoint) or one checkpoint of a run; its model description is the model file where no other is given.
     """
 
     type: str | None = None  # family or model_type, to be sure that the file is of it; None: whatever it is
@@ -38,6 +38,7 @@ class ModelSection(Settings):
     config: dict[str, Any] | None = None
     from_scratch: bool | None = None
     from_pretrained: str | None = None
+    pad_vocab_multiple: int | None = Field(None, ge=1)  # round vocab_size up to a multiple of this: faster on GPUs
     overrides: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -62,7 +63,7 @@ class DataSection(Settings):
     document_mask: bool = False
     num_workers: int = Field(1, ge=0)  # threads that prepare batches; 0: none
     prefetch_factor: int = Field(2, ge=1)  # steps that each keeps ready
-    pin_memory: bool = False
+    pin_memory: bool = True  # on GPUs; without effect on CPUs
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSection:
@@ -79,22 +80,28 @@ class TrainingConfig(Settings):
     batch_size: int = Field(ge=1)  # windows per rank and micro-batch
     gradient_accumulation_steps: int = Field(1, ge=1)
     max_steps: int | None = Field(None, ge=1)  # None: the mixture's total_tokens decides
-    optimizer: Literal["adamw"] = "adamw"
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer_state_dtype: Literal["fp32", "bf16"] = "fp32"
+    muon_momentum: float = Field(0.95, ge=0, lt=1)
     learning_rate: float = Field(3e-4, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     betas: tuple[float, float] = Field((0.9, 0.95), strict=False)
     eps: float = Field(1e-8, gt=0)
     grad_clip: float = Field(1.0, ge=0)  # largest gradient norm; 0: no limit
+    skip_sigma: float | None = Field(6.0, gt=0)  # skip a step whose norm is so many deviations high; None: never
+    max_skips: int | None = Field(10, ge=1)  # of the last 100 steps; as many roll the run back; None: never
     lr_scheduler: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     warmup_steps: int = Field(0, ge=0)
     decay_steps: int | None = Field(None, ge=1)  # of wsd; None: a tenth of the run
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
     mixed_precision: Literal["bf16", "fp32"] = "bf16"
+    activation_checkpointing: Literal["none", "full", "selective"] | None = None  # None: as the model file says
     compile: bool = True
     deterministic: bool = False
     use_ddp: bool = True
     world_size: int | None = Field(None, ge=1)  # that the global batch is for; None: ranks of the first start
     backend: Literal["nccl", "gloo"] | None = None  # None: nccl on GPUs, gloo on CPUs
+    hang_timeout: float = Field(60.0, gt=0)  # seconds of silence after which a rank's stacks are reported
 
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:
@@ -102,6 +109,8 @@ class TrainingConfig(Settings):
             raise ValueError(f"betas must be at least 0 and below 1, not {list(self.betas)}")
         if self.decay_steps is not None and self.lr_scheduler != "wsd":
             raise ValueError(f"decay_steps belongs to lr_scheduler wsd, not {self.lr_scheduler}")
+        if self.optimizer_state_dtype == "bf16" and self.betas[1] > 0.99:
+            raise ValueError("optimizer_state_dtype bf16 rounds changes of the second moment away at betas[1] > 0.99")
         return self
 
     def wsd_decay_steps(self, total_steps: int) -> int:
@@ -110,9 +119,17 @@ class TrainingConfig(Settings):
 
 
 class ParallelSection(Settings):
-    """How ranks share the work. `ddp`: each holds the model; `fsdp`: each holds a part of it."""
+    """How ranks share the work: dp_replicate x dp_shard x tp x pp ranks.
 
-    strategy: Literal["ddp", "fsdp"]
+    `ddp`: each data rank holds the model; `fsdp`: each holds a slice of it; `hsdp`: groups of `dp_shard` ranks hold
+    slices, `dp_replicate` groups the same. Sizes that are not given follow from the number of ranks.
+    """
+
+    strategy: Literal["ddp", "fsdp", "hsdp"]
+    dp_replicate: int | None = Field(None, ge=1)
+    dp_shard: int | None = Field(None, ge=1)
+    tp: int = Field(1, ge=1)  # ranks that share every matrix and every sequence
+    pp: int = Field(1, ge=1)  # stages of a pipeline over the layers
 
 
 class CheckpointingSection(Settings):
@@ -120,6 +137,8 @@ class CheckpointingSection(Settings):
 
     output_dir: str
     save_steps: int = Field(1000, ge=1)
+    save_optimizer_every: int | None = Field(None, ge=1)  # steps; between them only weights are saved; None: always
+    async_save: bool = True  # write while training goes on
     save_total_limit: int | None = Field(5, ge=1)  # None: keep all
     resume_from_checkpoint: str | None = None  # null or auto: the newest here; a path; never: start a new run
 
@@ -127,14 +146,28 @@ class CheckpointingSection(Settings):
 class LoggingSection(Settings):
     """What is written while the run goes on."""
 
+    peak_tflops: float | None = Field(None, gt=0)  # of one device, for the MFU; None: from a table of GPUs
     log_steps: int = Field(10, ge=1)
     eval_steps: int | None = Field(500, ge=1)  # None: only before the first and after the last step
     use_wandb: bool = False
+    wandb_mode: Literal["online", "offline"] = "online"
     wandb_project: str | None = None
     wandb_entity: str | None = None
     wandb_run_name: str | None = None
     use_tensorboard: bool = False
     tensorboard_dir: str | None = None  # None: OUTPUT_DIR/tensorboard
+
+
+class ProfileSection(Settings):
+    """A profile of some steps: a Chrome trace and a memory snapshot in `logs/profile/`."""
+
+    steps: tuple[int, int] = Field(strict=False)  # first and last
+
+    @model_validator(mode="after")
+    def _in_order(self) -> ProfileSection:
+        if not 1 <= self.steps[0] <= self.steps[1]:
+            raise ValueError(f"steps are the first and the last step to profile, not {list(self.steps)}")
+        return self
 
 
 class EvaluationDataset(Settings):
@@ -170,9 +203,17 @@ class ExperimentConfig(Settings):
     logging: LoggingSection = Field(default_factory=lambda: LoggingSection.model_validate({}))
     evaluation: EvaluationSection = Field(default_factory=lambda: EvaluationSection.model_validate({}))
     parallel: ParallelSection | None = None
+    profile: ProfileSection | None = None
+
+    @model_validator(mode="after")
+    def _check_saving(self) -> ExperimentConfig:
+        every, steps = self.checkpointing.save_optimizer_every, self.checkpointing.save_steps
+        if every is not None and every % steps:
+            raise ValueError(f"checkpointing.save_optimizer_every {every} is no multiple of save_steps {steps}")
+        return self
 
     @property
-    def strategy(self) -> Literal["ddp", "fsdp"]:
+    def strategy(self) -> Literal["ddp", "fsdp", "hsdp"]:
         """`parallel.strategy`, or else what `training.use_ddp` says."""
         if self.parallel is not None:
             return self.parallel.strategy
