@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from family_runs import FAMILIES
 
 import train.loss
 from train.loss import IGNORE_INDEX, loss_and_gradient, summed_loss, token_losses
+from train.models import ModelRegistry
 
 VOCAB, SIZE = 50, 24
 
@@ -39,7 +41,7 @@ def reference(hidden, head, labels, scale: float = 1.0) -> tuple[torch.Tensor, t
 
 def test_value_and_both_gradients(chunks):
     hidden, head, labels = example()
-    loss = summed_loss(hidden, head, labels)
+    loss, _ = summed_loss(hidden, head, labels)
     assert loss.dtype == torch.float32
     (loss * 0.37).backward()  # not 1: the gradient that comes in must count
     expected = reference(hidden, head, labels, 0.37)
@@ -55,12 +57,19 @@ def test_losses_of_single_tokens(chunks):
     torch.testing.assert_close(found, expected.detach())
     assert not found.requires_grad
     with torch.no_grad():
-        torch.testing.assert_close(summed_loss(hidden, head, labels), expected.sum())
+        without_gradient = summed_loss(hidden, head, labels)
+    with_gradient = summed_loss(hidden, head, labels)
+    for total, losses in (with_gradient, without_gradient):
+        torch.testing.assert_close(losses, expected.detach())
+        assert not losses.requires_grad
+        assert (losses[labels == IGNORE_INDEX] == 0).all()
+        torch.testing.assert_close(total.detach(), expected.detach().sum())
+    with_gradient[0].backward()  # whatever was done with the losses
 
 
 def test_bf16_activations_keep_float32_sums(chunks):
     hidden, head, labels = example(dtype=torch.bfloat16)
-    loss = summed_loss(hidden, head, labels)
+    loss, _ = summed_loss(hidden, head, labels)
     loss.backward()
     rounded = head.detach().bfloat16().float().requires_grad_()
     expected, grad_hidden, grad_head = reference(hidden, rounded, labels)
@@ -73,7 +82,7 @@ def test_bf16_activations_keep_float32_sums(chunks):
 def test_all_labels_ignored(chunks):
     hidden, head, _ = example()
     labels = torch.full((40,), IGNORE_INDEX)
-    loss = summed_loss(hidden, head, labels)
+    loss, _ = summed_loss(hidden, head, labels)
     loss.backward()
     assert loss.item() == 0
     assert (hidden.grad == 0).all()
@@ -83,16 +92,32 @@ def test_all_labels_ignored(chunks):
 
 def test_large_logits_do_not_overflow():
     logits = torch.tensor([[1e4, 0.0, -1e4], [-1e4, 1e4, 0.0]])
-    loss, gradient = loss_and_gradient(logits, torch.tensor([0, 0]))
-    assert loss.item() == 2e4
+    losses, gradient = loss_and_gradient(logits, torch.tensor([0, 0]))
+    assert losses.tolist() == [0, 2e4]
     assert gradient.tolist() == [[0, 0, 0], [-1, 1, 0]]
 
 
 def test_the_gradient_of_the_logits_is_that_of_autograd():
     logits = torch.randn(9, VOCAB, generator=torch.Generator().manual_seed(1), requires_grad=True)
     labels = torch.tensor([3, IGNORE_INDEX, 49, 0, 1, 1, IGNORE_INDEX, 7, 8])
-    loss, gradient = loss_and_gradient(logits.detach(), labels)
-    expected = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
-    expected.backward()
-    torch.testing.assert_close(loss, expected.detach())
+    losses, gradient = loss_and_gradient(logits.detach(), labels)
+    expected = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
+    expected.sum().backward()
+    torch.testing.assert_close(losses, expected.detach())
     torch.testing.assert_close(gradient, logits.grad)
+
+
+def test_the_model_says_the_loss_of_each_window():
+    config = ModelRegistry.parse_config({**FAMILIES["llama"], "max_position_embeddings": 16}, "test")
+    torch.manual_seed(0)
+    model = ModelRegistry.create_model("llama", config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    ids = torch.randint(0, config.vocab_size, (3, 17))
+    inputs, labels = ids[:, :-1], ids[:, 1:].clone()
+    labels[1, 5:] = IGNORE_INDEX
+    expected = model(inputs, labels=labels, reduction="none").loss.sum(1)
+    for reduction in ("sum", "mean"):
+        output = model(inputs, labels=labels, reduction=reduction)
+        torch.testing.assert_close(output.window_losses, expected)
+        assert not output.window_losses.requires_grad

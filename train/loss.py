@@ -49,62 +49,66 @@ def summed_loss(
     head: Tensor,
     labels: Tensor,
     kernel: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
-) -> Tensor:
-    """Sum of the negative log-likelihoods in nats, float32 [], differentiable once in `hidden` and `head`.
+) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihoods in nats: their sum, and each by itself.
 
     Shapes as in `token_losses`. `kernel` is `loss_and_gradient`, or a compiled form of it.
+
+    Returns:
+        float32 [], differentiable once in `hidden` and `head`; and float32 [tokens] without gradient.
     """
     if not torch.is_grad_enabled():
-        return token_losses(hidden, head, labels).sum()
+        losses = token_losses(hidden, head, labels)
+        return losses.sum(), losses
     return _SummedLoss.apply(hidden, head, labels, kernel or loss_and_gradient)
 
 
 class _SummedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, kernel: Any) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, kernel: Any) -> tuple[Tensor, Tensor]:
         weight = head.to(hidden.dtype)
         rows = _chunk_rows(head)
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
         grad_head: Tensor | None = None
         for start in range(0, len(hidden), rows):
             h, y = hidden[start : start + rows], labels[start : start + rows]
-            loss, dz = kernel(h @ weight.T, y)
-            total += loss
+            losses[start : start + rows], dz = kernel(h @ weight.T, y)
             torch.mm(dz, weight, out=grad_hidden[start : start + rows])
             part = (dz.T @ h).float()
             grad_head = part if grad_head is None else grad_head.add_(part)
         assert grad_head is not None
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.head_dtype = head.dtype
-        return total
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_hidden, grad_head = ctx.saved_tensors
         # The scale stays float32: 1 / tokens in bf16 would be off by up to 0.4 %.
         return (grad_hidden.float() * grad).to(grad_hidden.dtype), (grad_head * grad).to(ctx.head_dtype), None, None
 
 
 def loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed loss of a chunk and its gradient in the logits.
+    """Losses of a chunk, and the gradient of their sum in the logits.
 
     Args:
         logits: [rows, vocab], any float dtype; computed in float32.
         labels: int64 [rows].
 
     Returns:
-        float32 [] and [rows, vocab] in the dtype of the logits.
+        float32 [rows], 0 where the label is ignored; and [rows, vocab] in the dtype of the logits.
     """
     z = logits.float()
     valid = (labels != IGNORE_INDEX)[:, None]
     target = labels.clamp_min(0)[:, None]
     lse = z.logsumexp(-1, keepdim=True)
-    loss = torch.where(valid, lse - z.gather(1, target), 0.0).sum()
+    losses = torch.where(valid, lse - z.gather(1, target), 0.0).squeeze(1)
     onehot = torch.arange(z.shape[1], device=z.device) == target
     gradient = torch.where(valid, (z - lse).exp() - onehot.float(), 0.0)
-    return loss, gradient.to(logits.dtype)
+    return losses, gradient.to(logits.dtype)
 
 
 def _chunk_rows(head: Tensor) -> int:

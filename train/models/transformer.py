@@ -32,12 +32,14 @@ class ModelOutput:
         logits: float32 [batch, length or 1, vocab], where they were not.
         balance_loss: of the experts, weighted as it is to be added to the loss; None where there is none.
         expert_load: float32 [moe layers, experts], how many token slots each expert was given; None without experts.
+        window_losses: float32 [batch], the sum of each window's losses, without gradient; None with reduction "none".
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     balance_loss: Tensor | None = None
     expert_load: Tensor | None = None
+    window_losses: Tensor | None = None
 
     @property
     def objective(self) -> Tensor:
@@ -155,12 +157,13 @@ class BaseModelForCausalLM(nn.Module):
         flat_x, flat_labels = x.flatten(0, 1), labels.flatten()
         if reduction == "none":
             return ModelOutput(token_losses(flat_x, self.head, flat_labels).view(batch, length), expert_load=load)
-        loss = summed_loss(flat_x, self.head, flat_labels, self.loss_kernel)
+        loss, losses = summed_loss(flat_x, self.head, flat_labels, self.loss_kernel)
+        window_losses = losses.view(batch, length).sum(1)
         balance = self._balance_loss(routings, labels)
         if reduction == "mean":
             valid = (labels != IGNORE_INDEX).sum()
             loss, balance = loss / valid, None if balance is None else balance / valid
-        return ModelOutput(loss, balance_loss=balance, expert_load=load)
+        return ModelOutput(loss, balance_loss=balance, expert_load=load, window_losses=window_losses)
 
     def attention_kernel(self, device: torch.device, *, documents: bool) -> Kernel:
         """The attention kernel for this model on `device`, with or without a document mask."""
