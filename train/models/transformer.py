@@ -21,11 +21,13 @@ from train.models.linear import RMSNorm, linear
 from train.models.moe import MixtureOfExperts, Routing
 from train.models.positions import Positions, cache_mask, causal_mask, document_borders, document_mask, padding_mask
 from train.models.rope import inverse_frequencies, rotary_angles
+from train.models.sequence import SequenceShare
+from train.pieces import Cut
 
 
 @dataclass
 class ModelOutput:
-    """What a pass gives.
+    """What a pass gives. Where ranks share a sequence, each rank's values are its part of a sum over them.
 
     Attributes:
         loss: cross-entropy, where labels were given.
@@ -33,6 +35,7 @@ class ModelOutput:
         balance_loss: of the experts, weighted as it is to be added to the loss; None where there is none.
         expert_load: float32 [moe layers, experts], how many token slots each expert was given; None without experts.
         window_losses: float32 [batch], the sum of each window's losses, without gradient; None with reduction "none".
+        hidden: [batch, length, hidden_size], what the next stage of a pipeline goes on with; None in the last.
     """
 
     loss: Tensor | None = None
@@ -40,6 +43,7 @@ class ModelOutput:
     balance_loss: Tensor | None = None
     expert_load: Tensor | None = None
     window_losses: Tensor | None = None
+    hidden: Tensor | None = None
 
     @property
     def objective(self) -> Tensor:
@@ -57,23 +61,37 @@ class DecoderBlock(nn.Module):
         self.self_attn = attention
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = mlp
+        self.share: SequenceShare | None = None  # set where tensor parallelism cuts the block
 
     def forward(
         self, x: Tensor, positions: Positions, cache: KeyValueCache | None = None, layer: int = 0
     ) -> tuple[Tensor, Routing | None]:
-        """[batch, length, hidden] -> the same, and what the router did."""
-        x = x + self.self_attn(self.input_layernorm(x), positions, cache, layer)
-        inner = self.post_attention_layernorm(x)
+        """[batch, length, hidden] -> the same, and what the router did. `x` may be a share of the length."""
+        attended = self.self_attn(self._gather(self.input_layernorm(x)), positions, cache, layer)
+        x = x + self._reduce(attended)
+        inner = self._gather(self.post_attention_layernorm(x))
         if not isinstance(self.mlp, MixtureOfExperts):
-            return x + self.mlp(inner), None
+            return x + self._reduce(self.mlp(inner)), None
         out, routing = self.mlp(inner, positions.valid)
-        return x + out, routing
+        if self.share is not None:  # every rank of the group has seen all tokens
+            routing = Routing(routing.load / self.share.size, routing.balance / self.share.size)
+        return x + self._reduce(out), routing
+
+    def _gather(self, x: Tensor) -> Tensor:
+        return x if self.share is None else self.share.gather(x)
+
+    def _reduce(self, x: Tensor) -> Tensor:
+        return x if self.share is None else self.share.reduce(x)
 
 
 class BaseModelForCausalLM(nn.Module):
     """Embedding, blocks, final norm and head; a family gives the blocks.
 
     Parameters are created on the default device without values worth keeping: `parallel.initialize` fills them.
+
+    `train.parallel` may leave a rank a part of the model: `cuts` says what tensor parallelism left of which parameter,
+    and a stage of a pipeline has some of the layers only, an embedding if it is the first, norm and head if it is the
+    last. `whole_shapes` are those of all parameters and buffers in any case.
     """
 
     # Matrices that write into the residual stream.
@@ -83,13 +101,18 @@ class BaseModelForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(layers)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.layers: nn.ModuleList | nn.ModuleDict = nn.ModuleList(layers)
+        self.norm: RMSNorm | None = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.compute_dtype = torch.float32  # of the activations; parameters keep their own
         self.loss_kernel: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = loss_and_gradient
         self._frequencies: dict[torch.device, Tensor] = {}
+        self.share: SequenceShare | None = None
+        self.cuts: dict[str, Cut] = {}
+        self.tied_across_stages = False  # the embedding of the first stage is the head of the last
+        tensors = [*self.named_parameters(), *self.named_buffers()]
+        self.whole_shapes = {name: tuple(tensor.shape) for name, tensor in tensors}
 
     def allocate(self, device: str | torch.device, dtype: torch.dtype) -> None:
         """Give a model on the meta device memory for its weights, without values; buffers stay float32.
@@ -122,6 +145,7 @@ class BaseModelForCausalLM(nn.Module):
         cache: KeyValueCache | None = None,
         logits_at: Tensor | None = None,
         reduction: str = "mean",
+        hidden: Tensor | None = None,
     ) -> ModelOutput:
         """One pass over a batch.
 
@@ -136,34 +160,42 @@ class BaseModelForCausalLM(nn.Module):
             logits_at: int64 [batch], the one position of each row whose logits are wanted; None: all.
             reduction: of the loss over the valid labels: "mean", "sum", or "none" for float32 [batch, length]
                 without gradient.
+            hidden: what the stage before gave, in a later stage of a pipeline.
         """
-        batch, length = input_ids.shape
         positions = self._positions(input_ids, attention_mask, position_ids, cu_seqlens, mask_documents, cache)
-        x = self.embed_tokens(input_ids).to(self.compute_dtype)
+        x = self.embed_tokens(self._take(input_ids)).to(self.compute_dtype) if hidden is None else hidden
         routings: list[Routing] = []
-        for index, layer in enumerate(self.layers):
+        for name, layer in self.layers.named_children():
+            index = int(name)
             if self.config.gradient_checkpointing and self.training and cache is None:
                 x, routing = checkpoint(layer, x, positions, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, routing = layer(x, positions, cache, index)
             if routing is not None:
                 routings.append(routing)
-        if logits_at is not None:
-            x = x[torch.arange(batch, device=x.device), logits_at][:, None]
-        x = self.norm(x)
         load = torch.stack([routing.load for routing in routings]) if routings else None
+        balance = None if labels is None else self._balance_loss(routings, labels)
+        if self.norm is None:
+            return ModelOutput(hidden=x, balance_loss=balance, expert_load=load)
+        if logits_at is not None:
+            x = x[torch.arange(len(x), device=x.device), logits_at][:, None]
+        x = self.norm(x)
         if labels is None:
             return ModelOutput(logits=linear(x, self.head).float(), expert_load=load)
-        flat_x, flat_labels = x.flatten(0, 1), labels.flatten()
+        shape = x.shape[:2]
+        flat_x, flat_labels = x.flatten(0, 1), self._take(labels).flatten()
         if reduction == "none":
-            return ModelOutput(token_losses(flat_x, self.head, flat_labels).view(batch, length), expert_load=load)
+            losses = token_losses(flat_x, self.head, flat_labels).view(shape)
+            return ModelOutput(losses if self.share is None else self.share.place(losses), expert_load=load)
         loss, losses = summed_loss(flat_x, self.head, flat_labels, self.loss_kernel)
-        window_losses = losses.view(batch, length).sum(1)
-        balance = self._balance_loss(routings, labels)
         if reduction == "mean":
             valid = (labels != IGNORE_INDEX).sum()
             loss, balance = loss / valid, None if balance is None else balance / valid
-        return ModelOutput(loss, balance_loss=balance, expert_load=load, window_losses=window_losses)
+        return ModelOutput(loss, balance_loss=balance, expert_load=load, window_losses=losses.view(shape).sum(1))
+
+    def _take(self, tokens: Tensor) -> Tensor:
+        """This rank's part of [batch, length]."""
+        return tokens if self.share is None else self.share.take(tokens)
 
     def attention_kernel(self, device: torch.device, *, documents: bool) -> Kernel:
         """The attention kernel for this model on `device`, with or without a document mask."""
