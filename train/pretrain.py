@@ -4,21 +4,22 @@
     python train/pretrain.py --config FILE.yaml training.learning_rate=1e-4 checkpointing.save_steps=200
 
 The same command again goes on where the run stopped, bit for bit. SIGTERM or Ctrl-C saves a checkpoint after the step
-and exits with 0; under torchrun the ranks do so, while torchrun itself exits with 1 and kills what takes over 30 s.
+and exits with 0, SIGUSR2 with 75 (see train/signals.py). Signals are for the ranks, or for minigpt-train, which starts
+them: torchrun exits with 1 on SIGTERM and kills what takes over 30 s.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from shards.errors import run_command
+from shards.errors import UserError, run_command
 from shards.loader import Batch, WindowLoader
 from train.checkpoint import weights_sha256
 from train.config import ExperimentConfig, load_experiment
@@ -33,10 +34,15 @@ from train.plot import plot_losses
 from train.prepare import Setup, prepare
 from train.run_folder import RunFolder
 from train.schedule import learning_rate
+from train.signals import StopRequest, exit_status
 
 
-def pretrain(config: ExperimentConfig, ranks: Ranks) -> None:
-    """Train from the newest checkpoint, or from the start, to the end of the run or until told to stop."""
+def pretrain(config: ExperimentConfig, ranks: Ranks) -> int:
+    """Train from the newest checkpoint, or from the start, to the end of the run or until told to stop.
+
+    Returns:
+        the exit status: 0, or what asks for another start (see `train.signals`).
+    """
     stop = StopRequest()
     if config.training.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS has no other deterministic mode
@@ -100,7 +106,7 @@ def pretrain(config: ExperimentConfig, ranks: Ranks) -> None:
         batches = next(loader)
         # One exchange between the hosts per step: the tokens that the loss is divided by, and whether to stop.
         valid = sum(int((batch.labels != -100).sum()) for batch in batches)
-        tokens, stopping = ranks.sum_on_host([valid, stop.requested])
+        tokens, stopping, requeue = ranks.sum_on_host([valid, stop.requested, stop.requeue])
         loss = torch.zeros((), device=ranks.device)
         for index, batch in enumerate(batches):
             delay_reduction(model, index < len(batches) - 1)
@@ -138,8 +144,10 @@ def pretrain(config: ExperimentConfig, ranks: Ranks) -> None:
     loader.close()
     if log is not None:
         log.close()
-    if step == total_steps:
-        finish(run, model, setup)
+    if step < total_steps:
+        return exit_status(requeue > 0)
+    finish(run, model, setup)
+    return 0
 
 
 def forward(model: BaseModelForCausalLM, batch: Batch, ranks: Ranks) -> ModelOutput:
@@ -175,30 +183,23 @@ def finish(run: RunFolder, model: BaseModelForCausalLM, setup: Setup) -> None:
     run.say(f"  {'checkpoint':<12}{next(reversed(setup.checkpoints.all()), setup.checkpoint)}")
 
 
-class StopRequest:
-    """Becomes true on SIGTERM or Ctrl-C; a second Ctrl-C stops at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: object) -> None:
-        self.requested = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(stage: str = "pretrain", description: str | None = __doc__) -> None:
+    """The command line of a stage."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="experiment file (YAML)")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="replaces a field of the file")
     arguments, dashed = parser.parse_known_args()  # --section.field=value is taken as well
     config = load_experiment(arguments.config, [*arguments.overrides, *dashed])
+    if config.experiment.stage != stage:
+        raise UserError(
+            f"{arguments.config}: its experiment.stage is {config.experiment.stage}: start it with "
+            f"train/{config.experiment.stage}.py, or with minigpt-train, which picks the right one"
+        )
     ranks = start_ranks(config.training.backend)
-    pretrain(config, ranks)
+    status = pretrain(config, ranks)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    sys.exit(status)
 
 
 if __name__ == "__main__":
