@@ -80,6 +80,15 @@ class Layout:
         """The ranks of this stage; None: all."""
         return None if self.pp == 1 else self.stage_mesh.get_group("stage")
 
+    @cached_property
+    def tied_group(self) -> dist.ProcessGroup | None:
+        """First and last stage of this rank's pipeline; None without one. All ranks must ask at the same time."""
+        if self.pp == 1:
+            return None
+        last = self.ranks.world_size - self.ranks.world_size // self.pp
+        pairs = [dist.new_group([rank, rank + last]) for rank in range(self.ranks.world_size // self.pp)]
+        return pairs[self.ranks.rank % len(pairs)]
+
     def copies(self, parameter: object, *, cut: bool, tied: bool = False) -> int:
         """Ranks of the world that hold each element of a parameter.
 

@@ -12,9 +12,12 @@ from train.models.few_rows import few_rows_product, is_decoding
 class Linear(nn.Linear):
     """`nn.Linear` whose product runs in the dtype of its input, so no autocast context is needed anywhere."""
 
+    bias_share = 1.0  # of the bias that this rank adds, where ranks sum their outputs
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features], in the dtype of `x`."""
-        return linear(x, self.weight, self.bias)
+        bias = self.bias if self.bias is None or self.bias_share == 1.0 else self.bias * self.bias_share
+        return linear(x, self.weight, bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
