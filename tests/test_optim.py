@@ -7,8 +7,11 @@ import torch
 from torch import nn
 
 from train.config import TrainingConfig
-from train.optim import AdamW, gradient_norm
+from train.distributed import Ranks
+from train.layout import Layout
+from train.optim import create_optimizer, gradient_norm
 
+ALONE = Layout(Ranks(0, 1, torch.device("cpu"), None))
 FIELDS = {"batch_size": 1, "learning_rate": 1e-2, "weight_decay": 0.3, "betas": [0.8, 0.9], "eps": 1e-6}
 
 
@@ -25,7 +28,7 @@ def backward(model: nn.Module, seed: int, scale: float = 1.0) -> None:
 @pytest.mark.parametrize("grad_clip", [0.0, 0.5, 1e6])
 def test_equals_pytorch_with_decay_on_matrices_only(grad_clip):
     ours, theirs = make(), make()
-    optimizer = AdamW(ours, TrainingConfig.model_validate({**FIELDS, "grad_clip": grad_clip}))
+    optimizer = create_optimizer(ours, TrainingConfig.model_validate({**FIELDS, "grad_clip": grad_clip}), ALONE)
     groups = [
         {"params": [p for p in theirs.parameters() if p.ndim == 2], "weight_decay": 0.3},
         {"params": [p for p in theirs.parameters() if p.ndim == 1], "weight_decay": 0.0},
@@ -52,7 +55,7 @@ def test_equals_pytorch_with_decay_on_matrices_only(grad_clip):
 @pytest.mark.parametrize("grad_clip", [0.0, 1.0])
 def test_a_gradient_that_is_not_finite_changes_nothing(bad, grad_clip):
     model = make()
-    optimizer = AdamW(model, TrainingConfig.model_validate({**FIELDS, "grad_clip": grad_clip}))
+    optimizer = create_optimizer(model, TrainingConfig.model_validate({**FIELDS, "grad_clip": grad_clip}), ALONE)
     for seed in range(3):
         backward(model, seed)
         optimizer.step(1e-2)

@@ -35,8 +35,9 @@ from train.checkpoint import Checkpoints, weights_sha256
 from train.config import load_experiment
 from train.distributed import Ranks
 from train.evaluate import Validation
+from train.layout import make_layout
 from train.load import load_run
-from train.optim import AdamW
+from train.optim import Optimizer, create_optimizer
 from train.parallel import initialize, shard
 from train.prepare import load_model_config, prepare
 
@@ -283,7 +284,7 @@ def test_sharded_bf16_weights_are_saved_in_full(data, tmp_path):
         shard(model, ALONE)
         model.to_empty(device="cpu")
         initialize(model, 7, ALONE)
-        optimizer, before = AdamW(model, config.training), weights_sha256(model)
+        optimizer, before = create_optimizer(model, config.training, make_layout(config, ALONE)), weights_sha256(model)
         Validation(config.evaluation, setup.plan, 4, False, ALONE).run(model)
         assert any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())  # or this tests nothing
         Checkpoints(tmp_path / "run", None, ALONE).save(setup.state_at(1, 8), model, optimizer)
@@ -305,7 +306,7 @@ def test_without_validation_data_there_is_one_notice(data, tmp_path):
 
 
 def test_a_step_with_a_bad_gradient_is_skipped_and_counted(data, tmp_path, monkeypatch):
-    step = AdamW.step
+    step = Optimizer.step
     calls = []
 
     def sabotaged(self, rate):
@@ -314,7 +315,7 @@ def test_a_step_with_a_bad_gradient_is_skipped_and_counted(data, tmp_path, monke
             next(iter(self.parameters.values())).grad.view(-1)[0] = float("nan")
         return step(self, rate)
 
-    monkeypatch.setattr(AdamW, "step", sabotaged)
+    monkeypatch.setattr(Optimizer, "step", sabotaged)
     output = train(write_experiment(tmp_path, data.mixture))
     assert "1 step(s) so far were skipped" in output
     found = [row for row in rows(tmp_path / "run") if "loss" in row]

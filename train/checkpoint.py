@@ -32,7 +32,7 @@ from shards.errors import UserError
 from shards.files import sync_directory, write_atomic
 from shards.mixture import MixturePlan
 from train.distributed import Ranks
-from train.optim import AdamW
+from train.optim import Optimizer
 
 # Saving from a single process without a process group is meant.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -176,7 +176,7 @@ class Checkpoints:
         for temporary in self.folder.glob(".step-*.tmp"):
             shutil.rmtree(temporary, ignore_errors=True)
 
-    def save(self, state: RunState, model: nn.Module, optimizer: AdamW) -> None:
+    def save(self, state: RunState, model: nn.Module, optimizer: Optimizer) -> None:
         """Write a checkpoint from all ranks, publish it, then remove the oldest beyond the limit.
 
         Raises:
@@ -212,7 +212,7 @@ class Checkpoints:
             self._remove_unfinished()
         self._ranks.barrier()
 
-    def load(self, checkpoint: Path, model: nn.Module, optimizer: AdamW) -> None:
+    def load(self, checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:
         """Read a checkpoint into a model and its optimiser, whatever layout and world size wrote it.
 
         Raises:
@@ -277,7 +277,7 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def _tensors(model: nn.Module, optimizer: AdamW) -> dict[str, Any]:
+def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     return {"model": _weights(model), "optimizer": optimizer.state_dict()}
 
 

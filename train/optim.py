@@ -13,16 +13,18 @@ from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from train.config import TrainingConfig
+from train.layout import Layout
 
 
-class AdamW:
+class Optimizer:
     """Fused AdamW (Loshchilov & Hutter 2019), weight decay on matrices only, not on norms and biases.
 
     `exp_avg` and `exp_avg_sq` hold the moments by parameter name, laid out (sharded) as the parameter is; `steps` the
     number of updates made, float32 [] each.
     """
 
-    def __init__(self, model: nn.Module, config: TrainingConfig) -> None:
+    def __init__(self, model: nn.Module, config: TrainingConfig, layout: Layout) -> None:
+        self.layout = layout
         self.config = config
         self.parameters = dict(model.named_parameters())
         self.exp_avg = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
@@ -70,6 +72,11 @@ class AdamW:
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """The state as the tensors themselves: loading writes into them."""
         return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "steps": self.steps}
+
+
+def create_optimizer(model: nn.Module, config: TrainingConfig, layout: Layout) -> Optimizer:
+    """The optimiser that an experiment asks for."""
+    return Optimizer(model, config, layout)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from train.config import ExperimentConfig
 from train.distributed import Ranks
 from train.models import BaseModelConfig, BaseModelForCausalLM, ModelRegistry
 from train.models.hf import load_hf_weights, model_file
-from train.optim import AdamW
+from train.optim import Optimizer
 from train.run_folder import RunFolder
 
 
@@ -85,7 +85,7 @@ class Setup:
             origin=None if resume_from in (None, "auto", "never") else resume_from,
         )
 
-    def resume(self, model: BaseModelForCausalLM, optimizer: AdamW, run: RunFolder) -> RunState:
+    def resume(self, model: BaseModelForCausalLM, optimizer: Optimizer, run: RunFolder) -> RunState:
         """Load the checkpoint to resume from or the pretrained weights, if there are any, and say what the run will do.
 
         Raises:

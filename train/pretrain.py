@@ -26,9 +26,10 @@ from train.config import ExperimentConfig, load_experiment
 from train.distributed import Ranks, start_ranks
 from train.evaluate import Validation
 from train.experts import ExpertBalance
+from train.layout import make_layout
 from train.metrics import MetricsLog, Speed, numbers, read_metrics
 from train.models import BaseModelForCausalLM, ModelOutput
-from train.optim import AdamW
+from train.optim import create_optimizer
 from train.parallel import delay_reduction, parallelize, reduce_gradients
 from train.plot import plot_losses
 from train.prepare import Setup, prepare
@@ -52,7 +53,7 @@ def pretrain(config: ExperimentConfig, ranks: Ranks) -> int:
     run = RunFolder(Path(config.checkpointing.output_dir), ranks)
     model: BaseModelForCausalLM = setup.model
     parallelize(model, config, ranks, fill=setup.fills)
-    optimizer = AdamW(model, config.training)
+    optimizer = create_optimizer(model, config.training, make_layout(config, ranks))
     validation = Validation(config.evaluation, plan, config.training.batch_size, config.data.document_mask, ranks)
     state = setup.resume(model, optimizer, run)
     if not validation.sets:

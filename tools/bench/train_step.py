@@ -16,8 +16,9 @@ from rich.table import Table
 from train.config import ExperimentConfig
 from train.distributed import start_ranks
 from train.flops import flops_per_token
+from train.layout import make_layout
 from train.models import ModelRegistry
-from train.optim import AdamW
+from train.optim import create_optimizer
 from train.parallel import parallelize
 
 
@@ -64,7 +65,7 @@ def main() -> None:
     with torch.device("meta"):
         model = ModelRegistry.create_from_yaml(arguments.model)
     parallelize(model, config, ranks)
-    optimizer = AdamW(model, config.training)
+    optimizer = create_optimizer(model, config.training, make_layout(config, ranks))
     ids = torch.randint(model.config.vocab_size, (arguments.batch_size, arguments.length + 1), device=ranks.device)
     tokens = arguments.batch_size * arguments.length
 
