@@ -99,7 +99,7 @@ class TrainingConfig(Settings):
     compile: bool = True
     deterministic: bool = False
     use_ddp: bool = True
-    world_size: int | None = Field(None, ge=1)  # that the global batch is for; None: ranks of the first start
+    world_size: int | None = Field(None, ge=1)  # data ranks that the global batch is for; None: of the first start
     backend: Literal["nccl", "gloo"] | None = None  # None: nccl on GPUs, gloo on CPUs
     hang_timeout: float = Field(60.0, gt=0)  # seconds of silence after which a rank's stacks are reported
 

@@ -17,6 +17,8 @@ from shards.settings import validate
 from train.checkpoint import Checkpoints, RunState, differences
 from train.config import ExperimentConfig
 from train.distributed import Ranks
+from train.flops import flops_per_token
+from train.layout import Layout, make_layout
 from train.models import BaseModelConfig, BaseModelForCausalLM, ModelRegistry
 from train.models.hf import load_hf_weights, model_file
 from train.optim import Optimizer
@@ -30,13 +32,15 @@ class Setup:
     Attributes:
         global_batch: windows per step, over all ranks.
         accumulation: micro-batches per step on each rank.
-        world_size: ranks that the global batch is meant for, not necessarily those present.
+        world_size: data ranks that the global batch is meant for, not necessarily those present.
+        parameters: of the whole model, whatever part of it this rank will have.
+        flops_per_token: of the whole model, see `train.flops`.
         ending: what ends the run, in words.
         checkpoint: the checkpoint to resume from.
     """
 
     config: ExperimentConfig
-    ranks: Ranks
+    layout: Layout
     plan: MixturePlan
     model: BaseModelForCausalLM
     global_batch: int
@@ -46,6 +50,13 @@ class Setup:
     ending: str
     checkpoints: Checkpoints
     checkpoint: Path | None
+    parameters: int
+    flops_per_token: int
+
+    @property
+    def ranks(self) -> Ranks:
+        """The ranks that are here."""
+        return self.layout.ranks
 
     @property
     def fills(self) -> bool:
@@ -109,7 +120,7 @@ class Setup:
         if self.ranks.is_first and (aside := self.checkpoints.set_aside(self.past_steps(state))):
             run.say(f"checkpoints that this run does not go on from, and a copy of the metrics, are now in {aside}")
         self._describe(run, state)
-        run.write_start(self.config, self.plan, model.get_num_params(), self.global_batch)
+        run.write_start(self.config, self.plan, self.parameters, self.global_batch)
         return state
 
     def past_steps(self, state: RunState) -> int:
@@ -120,15 +131,15 @@ class Setup:
     def _describe(self, run: RunFolder, state: RunState) -> None:
         config, tokens = self.config, self.global_batch * self.plan.seq_len
         run.say(
-            f"{config.experiment.name}: {self.model.get_num_params():,} parameters, {self.ranks.world_size} rank(s) on "
-            f"{self.ranks.device.type}, {config.strategy if self.ranks.world_size > 1 else 'one process'}, "
+            f"{config.experiment.name}: {self.parameters:,} parameters, {self.ranks.world_size} rank(s) on "
+            f"{self.ranks.device.type}, {self.layout}, "
             f"{config.training.mixed_precision}"
         )
         run.say(
             f"{self.ending}; a step is {self.global_batch} windows of {self.plan.seq_len:,} tokens = {tokens:,} tokens"
         )
         run.say(
-            f"the ranks share a step as {self.ranks.world_size} rank(s) x {self.accumulation} micro-batch(es) "
+            f"the ranks share a step as {self.layout.data_size} data rank(s) x {self.accumulation} micro-batch(es) "
             f"x {config.training.batch_size} windows"
         )
         run.say(str(self.model.attention_kernel(self.ranks.device, documents=config.data.document_mask)))
@@ -154,14 +165,15 @@ def prepare(config: ExperimentConfig, ranks: Ranks) -> Setup:
         raise UserError(
             "logging.use_wandb is true, but wandb is not installed: pip install wandb, or logging.use_wandb=false"
         )
+    layout = make_layout(config, ranks)
     model_config = load_model_config(config)
     with torch.device("meta"):
         model = ModelRegistry.create_model(model_config.model_type, model_config)
     checkpoints = Checkpoints(Path(config.checkpointing.output_dir), config.checkpointing.save_total_limit, ranks)
     checkpoint = checkpoints.find(config.checkpointing.resume_from_checkpoint)
-    first_world_size = RunState.read(checkpoint).world_size if checkpoint else ranks.world_size
+    first_world_size = RunState.read(checkpoint).world_size if checkpoint else layout.data_size
     world_size = config.training.world_size or first_world_size
-    global_batch, accumulation = _share_batch(config, world_size, ranks)
+    global_batch, accumulation = _share_batch(config, world_size, layout)
 
     mixture = load_data_config(config)
     seq_len = config.data.max_seq_length or model_config.max_position_embeddings
@@ -170,6 +182,8 @@ def prepare(config: ExperimentConfig, ranks: Ranks) -> Setup:
             f"data.max_seq_length {seq_len:,} is more than the model's max_position_embeddings "
             f"{model_config.max_position_embeddings:,}"
         )
+    if seq_len % layout.tp:
+        raise UserError(f"data.max_seq_length {seq_len:,} has to be a multiple of parallel.tp {layout.tp}")
     max_steps = config.training.max_steps
     if max_steps is None and mixture.total_tokens is None:
         raise UserError("nothing says when the run ends: give training.max_steps, or total_tokens in the mixture")
@@ -185,7 +199,19 @@ def prepare(config: ExperimentConfig, ranks: Ranks) -> Setup:
         )
     config = _resolve(config, model_config, mixture)
     return Setup(
-        config, ranks, plan, model, global_batch, accumulation, world_size, total_steps, ending, checkpoints, checkpoint
+        config,
+        layout,
+        plan,
+        model,
+        global_batch,
+        accumulation,
+        world_size,
+        total_steps,
+        ending,
+        checkpoints,
+        checkpoint,
+        parameters=model.get_num_params(),
+        flops_per_token=flops_per_token(model, seq_len),
     )
 
 
@@ -199,6 +225,9 @@ def load_model_config(config: ExperimentConfig) -> BaseModelConfig:
     else:
         path = path or str(model_file(Path(str(section.from_pretrained))))
         model_config = ModelRegistry.load_config(path, section.overrides)
+    if multiple := section.pad_vocab_multiple:
+        padded = -(-model_config.vocab_size // multiple) * multiple
+        model_config = model_config.model_copy(update={"vocab_size": padded})
     found = model_config.model_type
     if section.type not in (None, found, ModelRegistry.family_of(found, "model")):
         ModelRegistry.family_of(str(section.type), "model.type")
@@ -216,24 +245,30 @@ def load_data_config(config: ExperimentConfig) -> MixtureConfig:
 def _resolve(config: ExperimentConfig, model: BaseModelConfig, mixture: MixtureConfig) -> ExperimentConfig:
     """The same experiment with the fields of the files that it refers to in place, so that it stands alone."""
     fields = model.model_dump(mode="json")
-    model_section = config.model.model_copy(update={"config_path": None, "config": fields, "overrides": {}})
+    inlined = {"config_path": None, "config": fields, "overrides": {}, "pad_vocab_multiple": None}
+    model_section = config.model.model_copy(update=inlined)
     mixture_fields = mixture.model_dump(mode="json", by_alias=True, exclude_none=True)
     data_section = config.data.model_copy(update={"config_path": None, "config": mixture_fields})
     return config.model_copy(update={"model": model_section, "data": data_section})
 
 
-def _share_batch(config: ExperimentConfig, world_size: int, ranks: Ranks) -> tuple[int, int]:
+def _share_batch(config: ExperimentConfig, world_size: int, layout: Layout) -> tuple[int, int]:
     """Global batch, and micro-batches per rank with the ranks that are here."""
     size, accumulation = config.training.batch_size, config.training.gradient_accumulation_steps
-    global_batch = size * accumulation * world_size
-    if global_batch % (size * ranks.world_size):
+    global_batch, here = size * accumulation * world_size, layout.data_size
+    if global_batch % (size * here):
         raise UserError(
             f"the global batch is {global_batch} windows (batch_size {size} x gradient_accumulation_steps "
-            f"{accumulation} x world_size {world_size}), which {ranks.world_size} rank(s) with batch_size {size} "
+            f"{accumulation} x world_size {world_size}), which {here} data rank(s) with batch_size {size} "
             f"cannot share evenly; start with a number of ranks that divides {global_batch // size}, or change "
             "training.batch_size"
         )
-    return global_batch, global_batch // (size * ranks.world_size)
+    if (micro_batches := global_batch // (size * here)) < layout.pp:
+        raise UserError(
+            f"a pipeline of {layout.pp} stages needs at least {layout.pp} micro-batches per step, and a rank has "
+            f"{micro_batches}: raise training.gradient_accumulation_steps to a multiple of {layout.pp} or more"
+        )
+    return global_batch, micro_batches
 
 
 def _check_vocabulary(plan: MixturePlan, model_config: BaseModelConfig) -> None:
