@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
+import multiprocessing
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from small_models import build_model, tokens
 from test_parity import ALL, DEEPSEEK_YARN, LLAMA3, MINIMIND2_MOE, QWEN3_MOE, V3, VARIANTS
-from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM
 
 from shards.errors import UserError
 from train.distributed import Ranks
+from train.layout import Layout
 from train.models import BaseModelForCausalLM, ModelRegistry
-from train.models.hf import hub_parts, load_hf_weights, load_pretrained
+from train.models.hf import hub_parts, load_hf_weights, load_pretrained, model_file
 from train.models.hf_config import hf_config
 from train.parallel import shard
+from train.pieces import pieces
+from train.pipeline import keep_stage
+from train.tensor_parallel import cut_matrices
 
 
 def write_folder(folder: Path, model: BaseModelForCausalLM, shards: int = 1) -> dict[str, torch.Tensor]:
@@ -116,30 +123,49 @@ def test_dtypes(tmp_path):
     assert narrow(tokens(1, 5)).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 5])
-def test_each_rank_of_a_sharded_model_gets_its_rows(world_size, tmp_path):
-    """What FSDP2 ranks hold, put together, is the whole; 8 experts and 400 rows leave some ranks short."""
-    whole = build_model(V3)
+LAYOUTS = [("fsdp", 1, 1, 3, 1), ("hsdp", 1, 2, 2, 1), ("ddp", 1, 2, 1, 2), ("fsdp", 1, 1, 5, 2), ("fsdp", 2, 1, 2, 2)]
+
+
+def pieces_of_rank(folder: Path, rank: int, sizes: tuple[Any, ...]) -> list[tuple[str, tuple[int, ...], np.ndarray]]:
+    """What a rank of a layout loads; in a process of its own, as torch keeps meshes of an earlier rank."""
+    torch.set_num_threads(1)
+    world_size = math.prod(sizes[1:])
+    torch.distributed.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    layout = Layout(Ranks(rank, world_size, torch.device("cpu"), None), *sizes)
+    config = ModelRegistry.load_config(model_file(folder))
+    with torch.device("meta"):
+        model = ModelRegistry.create_model(config.model_type, config)
+    if layout.pp > 1:
+        keep_stage(model, layout)
+    if layout.tp > 1:
+        cut_matrices(model, layout)
+    if layout.strategy != "ddp":
+        shard(model, layout)
+    model.to_empty(device="cpu")
+    load_hf_weights(model, folder)
+    return [
+        (name, piece.offsets, piece.tensor.numpy())
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        for piece in pieces(tensor, model.cuts.get(name))
+    ]
+
+
+@pytest.mark.parametrize("sizes", LAYOUTS, ids=lambda sizes: "-".join(map(str, sizes)))
+@pytest.mark.parametrize("fields", [V3, MINIMIND2_MOE], ids=["deepseek_v3", "minimind2"])
+def test_each_rank_of_a_layout_gets_its_pieces(fields, sizes, tmp_path):
+    """What the ranks hold, put together, is the whole; 8 experts and 400 rows leave some of them short."""
+    whole = build_model(fields)
     write_folder(tmp_path, whole, shards=2)
-    found: dict[str, list[torch.Tensor]] = {}
-    for rank in range(world_size):
-        torch.distributed.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
-        try:
-            with torch.device("meta"):
-                model = ModelRegistry.create_model("deepseek_v3", whole.config)
-            shard(model, Ranks(rank, world_size, torch.device("cpu"), None))
-            model.to_empty(device="cpu")
-            load_hf_weights(model, tmp_path)
-            for name, tensor in model.state_dict().items():
-                local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-                found.setdefault(name, []).append(local.clone())
-        finally:
-            torch.distributed.destroy_process_group()
-    for name, tensor in whole.state_dict().items():
-        if ".gate." in name:  # routers are whole on every rank
-            assert all(torch.equal(local, tensor) for local in found[name])
-        else:
-            assert torch.equal(torch.cat(found[name]), tensor), name
+    expected = whole.state_dict()
+    seen = {name: torch.zeros(tensor.shape) for name, tensor in expected.items()}
+    ranks = math.prod(sizes[1:])
+    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        found = pool.starmap(pieces_of_rank, [(tmp_path, rank, sizes) for rank in range(ranks)], chunksize=1)
+    for name, offsets, values in itertools.chain.from_iterable(found):
+        place = tuple(slice(first, first + size) for first, size in zip(offsets, values.shape, strict=True))
+        assert torch.equal(torch.from_numpy(values), expected[name][place]), name
+        seen[name][place] += 1
+    assert all((counts >= 1).all() for counts in seen.values())
 
 
 def test_a_head_that_is_the_embedding(tmp_path):

@@ -16,6 +16,7 @@ from shards.files import write_atomic
 from tools.hub_files import new_folder, progress_bar, read_tokenizer, special_ids, write_json
 from train.models import ModelRegistry
 from train.models.hf import HubFolder, Part, copy_part, match_parts, model_file
+from train.pieces import pieces
 from train.stored_weights import write_weights
 
 
@@ -45,7 +46,7 @@ def import_pretrained(directory: Path, out: Path, *, overwrite: bool = False) ->
     parts: dict[str, list[Part]] = {}
     for part in match_parts(model, source):
         parts.setdefault(part.ours, []).append(part)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes = model.whole_shapes
     size = 4 * sum(math.prod(shape) for shape in shapes.values())
     eos, bos = _special_ids(directory, tokenizer)
     manifest = {
@@ -62,8 +63,9 @@ def import_pretrained(directory: Path, out: Path, *, overwrite: bool = False) ->
 
         def read(name: str) -> Tensor:
             tensor = torch.empty(shapes[name])
+            (piece,) = pieces(tensor)
             for part in parts[name]:
-                copy_part(source, part, tensor)
+                copy_part(source, part, piece)
             done(4 * tensor.numel())
             return tensor
 

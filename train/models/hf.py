@@ -5,12 +5,13 @@ another, and all experts of a layer as one tensor. A `Part` names such a pair; `
 order that visits each of our tensors once. Names are those of files on the hub, with one tensor per expert; files that
 hold the experts of a layer as one tensor, as transformers 5 does in memory, are read as well.
 
-Reading copies one tensor at a time to its place, and of a tensor that is sharded on its rows (FSDP2) only the rows of
-this rank, so that it needs no memory but the model's own.
+Reading copies one tensor at a time to its place, and of a model that is shared among ranks only the pieces of this one
+(see `train.pieces`), so that it needs no memory but the model's own.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterable
@@ -20,12 +21,12 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from shards.errors import UserError
 from train.models.base_config import BaseModelConfig
 from train.models.registry import ModelRegistry
 from train.models.transformer import BaseModelForCausalLM
+from train.pieces import Piece, pieces
 
 # Tensors that files may hold and no model of ours needs: tables of older exports, the layers behind the last that
 # predict further tokens (DeepSeek-V3), a head that is the embedding once more.
@@ -42,18 +43,14 @@ class Part(NamedTuple):
 
 
 def hub_parts(model: BaseModelForCausalLM, stored: Iterable[str] = ()) -> list[Part]:
-    """All tensors of a model under their names on the hub; the model may be on the meta device.
+    """All tensors of a model under their names on the hub; it may be on the meta device, or shared among ranks.
 
     Args:
-        model: whose parameters and persistent buffers are meant; a tied head is none of its own.
+        model: whose parameters and buffers are meant, of all ranks; a tied head is none of its own.
         stored: names in a file; where it holds the experts of a layer as one tensor, that is what is listed.
     """
     stored = set(stored)
-    return [
-        part
-        for name, tensor in model.state_dict().items()
-        for part in _parts(name, tuple(tensor.shape), model.config, stored)
-    ]
+    return [part for name, shape in model.whole_shapes.items() for part in _parts(name, shape, model.config, stored)]
 
 
 def _parts(name: str, shape: tuple[int, ...], config: BaseModelConfig, stored: set[str]) -> list[Part]:
@@ -193,8 +190,8 @@ def match_parts(model: BaseModelForCausalLM, folder: HubFolder) -> list[Part]:
         UserError: naming what is missing, unexpected, of another shape, or quantised.
     """
     parts = hub_parts(model, folder.shapes)
-    state = {name: torch.empty(tensor.shape, device="meta") for name, tensor in model.state_dict().items()}
-    wanted = {part.hub: tuple(state[part.ours][part.place].shape) for part in parts}
+    whole = {name: torch.empty(shape, device="meta") for name, shape in model.whole_shapes.items()}
+    wanted = {part.hub: tuple(whole[part.ours][part.place].shape) for part in parts}
     config = model.config
     extra = [name for name in folder.shapes if name not in wanted and not _needless(name, config)]
     missing = [name for name in wanted if name not in folder.shapes]
@@ -238,44 +235,38 @@ def _some(names: list[str]) -> str:
 def load_hf_weights(model: BaseModelForCausalLM, directory: str | Path) -> None:
     """Fill a model with the weights of a Hugging Face folder, cast to the dtype of its own parameters.
 
-    The model is allocated (not on the meta device); its tensors are plain, or sharded on their rows, in which case
-    every rank must call this and reads its own rows. Nothing is sent between ranks.
+    The model is allocated (not on the meta device). Where it is shared among ranks, each calls this and reads its own
+    pieces; nothing is sent between them.
 
     Raises:
         UserError: the folder has no weights, they cannot be read, or they are not exactly those of this model.
     """
     folder = HubFolder(Path(directory))
-    state = model.state_dict(keep_vars=True)
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    held = {name: pieces(tensor, model.cuts.get(name)) for name, tensor in tensors}
     for part in match_parts(model, folder):
-        copy_part(folder, part, *_local_rows(state[part.ours]))
+        for piece in held.get(part.ours, ()):  # a stage of a pipeline has some layers only
+            copy_part(folder, part, piece)
 
 
-def copy_part(folder: HubFolder, part: Part, target: Tensor, first: int = 0) -> None:
-    """Copy a part into `target`, which holds the rows of our tensor from `first` on."""
-    rows, *rest = part.place
-    if isinstance(rows, int):
-        if first <= rows < first + len(target):
-            target[(rows - first, *rest)].copy_(folder.read(part.hub))
-        return
-    begin, end = max(rows.start, first), min(rows.stop, first + len(target))
-    if begin < end:
-        source = folder.read(part.hub, begin - rows.start, end - rows.start)
-        target[(slice(begin - first, end - first), *rest)].copy_(source)
-
-
-def _local_rows(tensor: Tensor) -> tuple[Tensor, int]:
-    """What this rank holds of a tensor, and the number of its first row."""
-    if not isinstance(tensor, DTensor):
-        return tensor, 0
-    first = 0
-    for dimension, placement in enumerate(tensor.placements):
-        if placement == Shard(0):
-            ranks, rank = tensor.device_mesh.size(dimension), tensor.device_mesh.get_local_rank(dimension)
-            size = -(-tensor.shape[0] // ranks)  # as torch.chunk and FSDP2 cut: the last ranks may have none
-            first = min(size * rank, tensor.shape[0])
-        else:
-            assert isinstance(placement, Replicate), placement
-    return tensor.to_local(), first
+def copy_part(folder: HubFolder, part: Part, piece: Piece) -> None:
+    """Copy what a part and a piece of our tensor have in common into the piece."""
+    source: list[slice] = []
+    target: list[int | slice] = []
+    for offset, size, place in itertools.zip_longest(piece.offsets, piece.tensor.shape, part.place):
+        if isinstance(place, int):  # one expert of many: a dimension that the hub's tensor does not have
+            if not offset <= place < offset + size:
+                return
+            target.append(place - offset)
+            continue
+        start, stop = (place.start, place.stop) if place is not None else (0, offset + size)
+        first, last = max(start, offset), min(stop, offset + size)
+        if first >= last:
+            return
+        source.append(slice(first - start, last - start))
+        target.append(slice(first - offset, last - offset))
+    rows, *rest = source
+    piece.tensor[tuple(target)].copy_(folder.read(part.hub, rows.start, rows.stop)[(slice(None), *rest)])
 
 
 def load_pretrained(
