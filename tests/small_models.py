@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from family_runs import FAMILIES
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from train.models import BaseModelForCausalLM, ModelRegistry
 
@@ -25,6 +27,14 @@ def build_model(fields: dict[str, Any], seed: int = 0, std: float = 0.1) -> Base
         spread = 0.5 if "mlp.gate.weight" in name else std
         tensor.data.normal_(1.0 if "norm" in name else 0.0, spread, generator=generator)
     return model
+
+
+def shard_alone(model: BaseModelForCausalLM) -> None:
+    """FSDP over a process group of one: whole tensors, but in its hands."""
+    precision = MixedPrecisionPolicy(model.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    whole = {parameter for experts in model.experts() for parameter in experts.gate.parameters()}
+    for module in [*model.layers, model]:
+        fully_shard(module, mesh=init_device_mesh("cpu", (1,)), mp_policy=precision, ignored_params=whole)
 
 
 def make_model(family: str = "llama", seed: int = 0, **fields: Any) -> BaseModelForCausalLM:

@@ -21,9 +21,11 @@ from shards.reader import TokenDataset
 from train.config import EvaluationSection
 from train.distributed import Ranks
 from train.evaluate import Validation, token_bytes
+from train.layout import Layout
 from train.models import ModelRegistry
+from train.passes import Passes
 
-ALONE = Ranks(0, 1, torch.device("cpu"), None)
+ALONE = Layout(Ranks(0, 1, torch.device("cpu"), None))
 TEXT = texts()
 NASTY = [
     "",
@@ -145,6 +147,11 @@ def naive(data, dataset: TokenDataset, starts: list[int], documents: bool = Fals
     return nats, tokens, size
 
 
+def passes(data) -> Passes:
+    """Passes through the model in this process."""
+    return Passes(data.model, ALONE, batch_size=4, length=SEQ_LEN)
+
+
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 7, 1000])
 def test_loss_and_bits_per_byte_equal_a_plain_loop(data, batch_size, documents):
@@ -158,7 +165,7 @@ def test_loss_and_bits_per_byte_equal_a_plain_loop(data, batch_size, documents):
     assert size == sum(len(text.encode()) for text in VALIDATION) - len(
         data.tokenizer.id_to_token(int(dataset.read(0, 1)[0]))
     )
-    found = validation.run(data.model)
+    found = validation.run(passes(data))
     assert found["val_loss"] == pytest.approx(nats / tokens, rel=1e-6)
     assert found["val_bpb"] == pytest.approx(nats / math.log(2) / size, rel=1e-6)
     assert found["val_perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-5)
@@ -166,7 +173,7 @@ def test_loss_and_bits_per_byte_equal_a_plain_loop(data, batch_size, documents):
 
 
 def test_document_mask_changes_the_loss(data):
-    losses = [Validation(section(), data.plan, 8, mask, ALONE).run(data.model)["val_loss"] for mask in (False, True)]
+    losses = [Validation(section(), data.plan, 8, mask, ALONE).run(passes(data))["val_loss"] for mask in (False, True)]
     assert losses[0] != pytest.approx(losses[1], rel=1e-4)
 
 
@@ -179,14 +186,15 @@ def test_ranks_share_the_windows(data, world_size, documents, monkeypatch):
     monkeypatch.setattr(Validation, "_summarise", lambda self, row: {"loss": 0.0})
     datasets = [{"name": name, "path": str(data.folder / name)} for name in ("code/val", "held-out")]
     batches = set()
-    for ranks in [ALONE, *(Ranks(rank, world_size, ALONE.device, None) for rank in range(world_size))]:
-        validation = Validation(section(datasets=datasets, max_tokens=600), data.plan, 4, documents, ranks)
+    ranks = [Ranks(rank, world_size, ALONE.ranks.device, None) for rank in range(world_size)]
+    for layout in [ALONE, *(Layout(one, dp_replicate=world_size) for one in ranks)]:
+        validation = Validation(section(datasets=datasets, max_tokens=600), data.plan, 4, documents, layout)
         calls = []
         forward = data.model.forward
         monkeypatch.setattr(data.model, "forward", lambda *a, f=forward, c=calls, **k: c.append(1) or f(*a, **k))
-        validation.run(data.model)
+        validation.run(passes(data))
         monkeypatch.setattr(data.model, "forward", forward)
-        batches.add((ranks.world_size, len(calls)))
+        batches.add((layout.data_size, len(calls)))
     assert len(batches) == 2  # as many forward passes on every rank, or FSDP would wait for ever
     torch.testing.assert_close(torch.stack(sums[1:]).sum(0), sums[0], rtol=1e-9, atol=1e-9)
     assert (sums[0][:, 1] > 0).all()
@@ -204,13 +212,13 @@ def test_max_tokens_spreads_over_the_set(data):
     validation = Validation(section(max_tokens=1), data.plan, 4, False, ALONE)
     with torch.no_grad():
         nats, tokens, _ = naive(data, dataset, [0])
-    assert validation.run(data.model)["val_loss"] == pytest.approx(nats / tokens, rel=1e-6)
+    assert validation.run(passes(data))["val_loss"] == pytest.approx(nats / tokens, rel=1e-6)
 
 
 def test_configured_datasets_replace_the_default_ones(data):
     datasets = [{"name": "a", "path": str(data.folder / "held-out")}, {"name": "b", "path": str(data.folder / "code")}]
     found = Validation(section(datasets=datasets, metrics=["loss"], max_tokens=500), data.plan, 4, False, ALONE).run(
-        data.model
+        passes(data)
     )
     assert found.keys() == {"val_loss", "val"}
     assert found["val"].keys() == {"a", "b"}
@@ -231,6 +239,6 @@ def test_unusable_datasets_are_refused(data, tmp_path):
 
 def test_the_model_trains_on_afterwards(data):
     data.model.train()
-    Validation(section(max_tokens=100), data.plan, 4, False, ALONE).run(data.model)
+    Validation(section(max_tokens=100), data.plan, 4, False, ALONE).run(passes(data))
     assert data.model.training
     assert all(parameter.grad is None for parameter in data.model.parameters())

@@ -8,20 +8,16 @@ import re
 import pytest
 import torch
 import yaml
-from small_models import FAMILIES, make_model, tokens
-from torch.distributed.device_mesh import init_device_mesh
+from small_models import FAMILIES, make_model, shard_alone, tokens
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from training_runs import MODEL, ROOT
 
 from shards.errors import UserError
-from train.distributed import Ranks
 from train.loss import IGNORE_INDEX
 from train.models import BaseModelForCausalLM, ModelRegistry
 from train.models.positions import document_borders, document_mask
-from train.parallel import initialize, shard
-
-ALONE = Ranks(0, 1, torch.device("cpu"), None)
-
+from train.parallel import initialize
 
 # Model files
 
@@ -182,7 +178,7 @@ def fresh(seed: int, family: str = "llama", **fields) -> BaseModelForCausalLM:
     with torch.device("meta"):
         model = make_model(family, **fields)
     model.to_empty(device="cpu")
-    initialize(model, seed, ALONE)
+    initialize(model, seed)
     return model
 
 
@@ -214,7 +210,7 @@ def process_group(tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
 @pytest.mark.parametrize("world_size", [2, 3, 8])
-def test_slices_of_any_world_size_make_up_the_same_weights(world_size, family, process_group):
+def test_slices_of_any_world_size_make_up_the_same_weights(world_size, family, process_group, monkeypatch):
     """What each rank of a sharded model would draw, put together; 97 rows leave the last of 8 ranks short."""
     whole = dict(fresh(7, family, vocab_size=97).named_parameters())
     parts: dict[str, list[torch.Tensor]] = {name: [] for name in whole}
@@ -229,7 +225,10 @@ def test_slices_of_any_world_size_make_up_the_same_weights(world_size, family, p
                     mine, mesh, [Shard(0)], run_check=False, shape=parameter.shape, stride=parameter.stride()
                 )
                 setattr(module, name, torch.nn.Parameter(sharded))
-        initialize(model, 7, Ranks(rank, world_size, torch.device("cpu"), None))
+        with monkeypatch.context() as patch:
+            patch.setattr(DeviceMesh, "size", lambda self, dim: world_size)
+            patch.setattr(DeviceMesh, "get_local_rank", lambda self, dim, rank=rank: rank)
+            initialize(model, 7)
         for name, parameter in model.named_parameters():
             parts[name].append(parameter.to_local().detach())
     for name, weight in whole.items():
@@ -245,7 +244,7 @@ def test_sharding_changes_no_bit(family, dtype, process_group):
         model = make_model(family, max_position_embeddings=4096)
         model.compute_dtype = dtype
         if sharded:
-            shard(model, ALONE)
+            shard_alone(model)
         positions = torch.arange(4000, 4064).expand(2, 64)  # far enough for bf16 angles to be wrong
         loss = model(ids[:, :-1], labels=ids[:, 1:], position_ids=positions, reduction="sum").loss
         loss.backward()

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from small_models import shard_alone
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.checkpoint import FileSystemReader
 from training_runs import (
@@ -38,7 +39,8 @@ from train.evaluate import Validation
 from train.layout import make_layout
 from train.load import load_run
 from train.optim import Optimizer, create_optimizer
-from train.parallel import initialize, shard
+from train.parallel import initialize
+from train.passes import Passes
 from train.prepare import load_model_config, prepare
 
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
@@ -220,7 +222,7 @@ def test_world_size_sets_the_global_batch(finished, data, tmp_path):
     """One rank does the work of the two that the experiment is for."""
     training = {"world_size": 2, "gradient_accumulation_steps": 1}
     config = write_experiment(tmp_path, data.mixture, training=training, logging={"log_steps": 3})
-    assert "1 rank(s) x 2 micro-batch(es) x 4 windows" in train(config)
+    assert "1 data rank(s) x 2 micro-batch(es) x 4 windows" in train(config)
     assert losses(tmp_path / "run") == pytest.approx(losses(finished.run), rel=1e-5)
 
 
@@ -229,7 +231,7 @@ def test_ranks_that_cannot_share_the_batch_are_refused(data, tmp_path):
     config = config.model_copy(update={"training": config.training.model_copy(update={"world_size": 2})})
     for ranks, accumulation in ((1, 6), (2, 3), (3, 2), (6, 1)):
         assert prepare(config, Ranks(0, ranks, ALONE.device, None)).accumulation == accumulation
-    with pytest.raises(UserError, match=r"global batch is 24 windows .*, which 4 rank.* divides 6"):
+    with pytest.raises(UserError, match=r"global batch is 24 windows .*, which 4 data rank.* divides 6"):
         prepare(config, Ranks(0, 4, ALONE.device, None))
 
 
@@ -281,11 +283,12 @@ def test_sharded_bf16_weights_are_saved_in_full(data, tmp_path):
         setup = prepare(config, ALONE)
         model = setup.model
         model.compute_dtype = torch.bfloat16
-        shard(model, ALONE)
+        shard_alone(model)
         model.to_empty(device="cpu")
-        initialize(model, 7, ALONE)
+        initialize(model, 7)
         optimizer, before = create_optimizer(model, config.training, make_layout(config, ALONE)), weights_sha256(model)
-        Validation(config.evaluation, setup.plan, 4, False, ALONE).run(model)
+        passes = Passes(model, setup.layout, batch_size=4, length=SEQ_LEN)
+        Validation(config.evaluation, setup.plan, 4, False, setup.layout).run(passes)
         assert any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())  # or this tests nothing
         Checkpoints(tmp_path / "run", None, ALONE).save(setup.state_at(1, 8), model, optimizer)
         stored = FileSystemReader(step_folder(tmp_path / "run", 1)).read_metadata().state_dict_metadata

@@ -20,10 +20,10 @@ from shards.errors import UserError
 from shards.mixture import MixturePlan
 from shards.reader import TokenDataset
 from train.config import EvaluationSection
-from train.distributed import Ranks
+from train.layout import Layout
 from train.loss import IGNORE_INDEX
 from train.models.positions import document_borders
-from train.models.transformer import BaseModelForCausalLM
+from train.passes import Passes
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class ValidationSet:
 
 
 class Validation:
-    """All validation sets of a run, their windows shared among the ranks."""
+    """All validation sets of a run, their windows shared among the data ranks."""
 
     def __init__(
-        self, config: EvaluationSection, plan: MixturePlan, batch_size: int, document_mask: bool, ranks: Ranks
+        self, config: EvaluationSection, plan: MixturePlan, batch_size: int, document_mask: bool, layout: Layout
     ) -> None:
         """Open the configured datasets, or the `val/` part of every source that has one.
 
@@ -53,21 +53,22 @@ class Validation:
             paths = {name: folder for name, folder in folders.items() if (folder / "dataset.json").exists()}
         self.sets = [_open_set(name, path, plan, config.max_tokens) for name, path in paths.items()]
         self._seq_len, self._batch_size, self._document_mask = plan.seq_len, batch_size, document_mask
-        self._metrics, self._ranks = config.metrics, ranks
+        self._metrics, self._layout = config.metrics, layout
+        self._device = layout.ranks.device
         if self.sets:
             sizes = token_bytes(self.sets[0].dataset.tokenizer_json(), plan.vocab_size)
-            self._token_bytes = torch.from_numpy(sizes).to(ranks.device)
+            self._token_bytes = torch.from_numpy(sizes).to(self._device)
 
     @torch.no_grad()
-    def run(self, model: BaseModelForCausalLM) -> dict[str, Any]:
+    def run(self, passes: Passes) -> dict[str, Any]:
         """Evaluate on all ranks: `val_loss` and what else is asked for, overall, and the same per set under `val`."""
-        sums = torch.zeros(len(self.sets), 3, dtype=torch.float64, device=self._ranks.device)
-        model.eval()
+        sums = torch.zeros(len(self.sets), 3, dtype=torch.float64, device=self._device)
+        passes.model.eval()
         for row, validation_set in zip(sums, self.sets, strict=True):
             for windows, positions in self._batches(validation_set):
-                row += self._sum_batch(model, windows, positions)
-        model.train()
-        self._ranks.sum_(sums)
+                row += self._sum_batch(passes, windows, positions)
+        passes.model.train()
+        self._layout.ranks.sum_(sums)
         per_set = {
             validation_set.name: self._summarise(row)
             for validation_set, row in zip(self.sets, sums.tolist(), strict=True)
@@ -83,8 +84,8 @@ class Validation:
             restart with each document under a document mask.
         """
         starts, size, length = validation_set.starts, self._batch_size, self._seq_len
-        per_rank = math.ceil(len(starts) / (size * self._ranks.world_size)) * size
-        mine = starts[self._ranks.rank * per_rank :][:per_rank]
+        per_rank = math.ceil(len(starts) / (size * self._layout.data_size)) * size
+        mine = starts[self._layout.data_rank * per_rank :][:per_rank]
         dataset = validation_set.dataset
         for first in range(0, per_rank, size):
             windows = np.full((size, length + 1), -1, np.int64)
@@ -99,23 +100,27 @@ class Validation:
                     positions[row] -= np.maximum.accumulate(begins)
             yield torch.from_numpy(windows), torch.from_numpy(positions)
 
-    def _sum_batch(self, model: BaseModelForCausalLM, windows: Tensor, positions: Tensor) -> Tensor:
-        """Sum of losses, tokens and bytes of the targets: float64 [3]. `windows` and `positions` are on the host."""
-        device = self._ranks.device
+    def _sum_batch(self, passes: Passes, windows: Tensor, positions: Tensor) -> Tensor:
+        """This rank's part of the sum of losses, tokens and bytes of the targets: float64 [3].
+
+        `windows` and `positions` are on the host.
+        """
+        device = self._device
         borders = document_borders(positions).to(device) if self._document_mask else None
         windows, positions = windows.to(device), positions.to(device)
         labels = windows[:, 1:]
         valid = labels >= 0
-        losses = model(
-            windows[:, :-1].clamp_min(0),
+        losses = passes.token_losses(
+            input_ids=windows[:, :-1].clamp_min(0),
             labels=labels.masked_fill(~valid, IGNORE_INDEX),
             position_ids=positions,
             cu_seqlens=borders,
             mask_documents=self._document_mask,
-            reduction="none",
-        ).loss
+        )
+        nats = torch.zeros((), dtype=torch.float64, device=device) if losses is None else losses.double().sum()
         sizes = self._token_bytes[labels.clamp_min(0)] * valid
-        return torch.stack([losses.double().sum(), valid.sum().double(), sizes.sum().double()])
+        counts = torch.stack([valid.sum().double(), sizes.sum().double()])
+        return torch.cat([nats[None], counts * self._layout.counts])
 
     def _summarise(self, sums: list[float]) -> dict[str, float]:
         nats, tokens, size = sums

@@ -1,8 +1,8 @@
 """From a model on the meta device to one that trains: cut it, compile its blocks, shard it among the ranks, fill it.
 
 The order matters. Stages and tensor parallelism decide which parameters a rank has at all; activation checkpointing is
-inside a block, so that the compiler sees it; blocks are compiled before they are sharded, so that a compiled graph holds
-no collective of FSDP.
+inside a block, so that the compiler sees it; blocks are compiled before they are sharded, so that a compiled graph
+holds no collective of FSDP.
 
 `ddp` keeps the whole model on each data rank and sums the gradients as one flat buffer. `fsdp` keeps a slice of every
 tensor (FSDP2), `hsdp` the same in each of several copies. All sum in a fixed order, without averaging: the loss is

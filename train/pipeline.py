@@ -117,7 +117,6 @@ class _Stage(PipelineStage):
         """The next micro-batch: hidden states for the next stage, or in the last the part of the objective."""
         run = self.passes[len(self.outputs)]
         output = run() if self.is_first else run(hidden=received)
-        zero = torch.zeros((), device=self.device)
         if output.hidden is None:
             assert output.loss is not None
             result: Tensor = output.objective / self.tokens
@@ -125,12 +124,10 @@ class _Stage(PipelineStage):
             result = output.hidden
         else:
             result = _AddLoss.apply(output.hidden, output.balance_loss / self.tokens)
-        balance = None if output.balance_loss is None else output.balance_loss.detach()
-        windows = output.window_losses if output.window_losses is not None else None
-        loss = zero if output.loss is None else output.loss.detach()
-        self.outputs.append(
-            ModelOutput(loss, balance_loss=balance, expert_load=output.expert_load, window_losses=windows)
-        )
+        done = output.detach()
+        done.loss = torch.zeros((), device=self.device) if done.loss is None else done.loss
+        done.hidden = None
+        self.outputs.append(done)
         return result
 
 

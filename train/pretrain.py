@@ -20,17 +20,17 @@ from typing import Any
 import torch
 
 from shards.errors import UserError, run_command
-from shards.loader import Batch, WindowLoader
+from shards.loader import WindowLoader
 from train.checkpoint import weights_sha256
 from train.config import ExperimentConfig, load_experiment
 from train.distributed import Ranks, start_ranks
 from train.evaluate import Validation
 from train.experts import ExpertBalance
-from train.layout import make_layout
 from train.metrics import MetricsLog, Speed, numbers, read_metrics
-from train.models import BaseModelForCausalLM, ModelOutput
+from train.models import BaseModelForCausalLM
 from train.optim import create_optimizer
-from train.parallel import delay_reduction, parallelize, reduce_gradients
+from train.parallel import parallelize
+from train.passes import Passes
 from train.plot import plot_losses
 from train.prepare import Setup, prepare
 from train.run_folder import RunFolder
@@ -51,19 +51,22 @@ def pretrain(config: ExperimentConfig, ranks: Ranks) -> int:
     setup = prepare(config, ranks)
     plan, total_steps = setup.plan, setup.total_steps
     run = RunFolder(Path(config.checkpointing.output_dir), ranks)
+    setup.checkpoints.say = run.say
     model: BaseModelForCausalLM = setup.model
-    parallelize(model, config, ranks, fill=setup.fills)
-    optimizer = create_optimizer(model, config.training, make_layout(config, ranks))
-    validation = Validation(config.evaluation, plan, config.training.batch_size, config.data.document_mask, ranks)
+    layout, batch_size = setup.layout, config.training.batch_size
+    parallelize(model, config, layout, fill=setup.fills)
+    optimizer = create_optimizer(model, config.training, layout)
+    passes = Passes(model, layout, batch_size=batch_size, length=plan.seq_len)
+    validation = Validation(config.evaluation, plan, batch_size, config.data.document_mask, layout)
     state = setup.resume(model, optimizer, run)
     if not validation.sets:
         run.say("no validation: evaluation.datasets is empty and no source has a val/ part (--val-fraction makes one)")
     loader = WindowLoader(
         plan,
-        batch_size=config.training.batch_size,
+        batch_size=batch_size,
         accumulation=setup.accumulation,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
+        rank=layout.data_rank,
+        world_size=layout.data_size,
         next_sample=state.next_sample,
         document_mask=config.data.document_mask,
         num_workers=config.data.num_workers,
@@ -72,7 +75,7 @@ def pretrain(config: ExperimentConfig, ranks: Ranks) -> int:
     )
     log = MetricsLog(run.path, config, setup.past_steps(state)) if ranks.is_first else None
     speed = Speed(state.step, total_steps, setup.global_batch * plan.seq_len)
-    experts = ExpertBalance(model, ranks)
+    experts = ExpertBalance(model, layout)
     skipped = torch.tensor(float(state.skipped_steps), device=ranks.device)
     reported = state.skipped_steps
 
@@ -84,7 +87,7 @@ def pretrain(config: ExperimentConfig, ranks: Ranks) -> int:
         if not validation.sets:
             return
         start = time.perf_counter()
-        metrics = validation.run(model)
+        metrics = validation.run(passes)
         write(metrics)
         values = "  ".join(f"{key} {value:.4f}" for key, value in metrics.items() if key != "val")
         run.say(f"step {step:>6}  {values}")
@@ -94,7 +97,8 @@ def pretrain(config: ExperimentConfig, ranks: Ranks) -> int:
         start = time.perf_counter()
         if log is not None:
             log.sync()
-        setup.checkpoints.save(setup.state_at(step, loader.next_sample, int(skipped.item())), model, optimizer)
+        state = setup.state_at(step, loader.next_sample, int(skipped.item()))
+        setup.checkpoints.save(state, model, optimizer, wait=last or bool(stopping))
         speed.pause(time.perf_counter() - start)
 
     step = state.step
@@ -106,17 +110,13 @@ def pretrain(config: ExperimentConfig, ranks: Ranks) -> int:
         rate = learning_rate(step, config.training, total_steps)
         batches = next(loader)
         # One exchange between the hosts per step: the tokens that the loss is divided by, and whether to stop.
-        valid = sum(int((batch.labels != -100).sum()) for batch in batches)
+        valid = sum(int((batch.labels != -100).sum()) for batch in batches) if layout.counts else 0
         tokens, stopping, requeue = ranks.sum_on_host([valid, stop.requested, stop.requeue])
         loss = torch.zeros((), device=ranks.device)
-        for index, batch in enumerate(batches):
-            delay_reduction(model, index < len(batches) - 1)
-            output = forward(model, batch, ranks)
+        for output in passes.train(batches, tokens):
             assert output.loss is not None
-            (output.objective / tokens).backward()
-            loss += output.loss.detach() / tokens
+            loss += output.loss / tokens
             experts.add(output, tokens)
-        reduce_gradients(model, ranks)
         norm, bad = optimizer.step(rate)
         skipped += bad
         balance = experts.finish_step(bad)
@@ -139,6 +139,7 @@ def pretrain(config: ExperimentConfig, ranks: Ranks) -> int:
             evaluate()
         if last or stopping or step % config.checkpointing.save_steps == 0:
             save()
+        setup.checkpoints.poll()
         if stopping and not last:
             run.say(f"stopped on request at step {step}, checkpoint saved; the same command goes on from here")
             break
@@ -147,41 +148,27 @@ def pretrain(config: ExperimentConfig, ranks: Ranks) -> int:
         log.close()
     if step < total_steps:
         return exit_status(requeue > 0)
-    finish(run, model, setup)
+    finish(run, setup)
     return 0
 
 
-def forward(model: BaseModelForCausalLM, batch: Batch, ranks: Ranks) -> ModelOutput:
-    """Losses of a micro-batch, summed over its tokens."""
-
-    def move(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return None if tensor is None else tensor.to(ranks.device, non_blocking=True)
-
-    return model(
-        move(batch.input_ids),
-        labels=move(batch.labels),
-        position_ids=move(batch.position_ids),
-        cu_seqlens=move(batch.cu_seqlens),
-        mask_documents=batch.position_ids is not None,
-        reduction="sum",
-    )
-
-
-def finish(run: RunFolder, model: BaseModelForCausalLM, setup: Setup) -> None:
+def finish(run: RunFolder, setup: Setup) -> None:
     """Write `results.json` and the loss curve, and say where everything is."""
-    weights = weights_sha256(model)
+    if not setup.ranks.is_first:
+        return
+    checkpoint = next(reversed(setup.checkpoints.all()), setup.checkpoint)
+    assert checkpoint is not None  # the last step was saved, here or where the run was started from
     rows = read_metrics(run.path / "metrics.jsonl")
     values: dict[str, Any] = {}
     for row in rows:
         values |= {key: value for key, value in row.items() if key not in ("tokens_per_second", "next_sample")}
     initial = {f"initial_{k}": v for row in rows[:1] for k, v in row.items() if k in ("val_loss", "val_bpb")}
-    run.write_json("results.json", {**values, **initial, "weights_sha256": weights})
-    if setup.ranks.is_first:
-        plot_losses(rows, run.path / "loss.png", setup.config.experiment.name)
+    run.write_json("results.json", {**values, **initial, "weights_sha256": weights_sha256(checkpoint)})
+    plot_losses(rows, run.path / "loss.png", setup.config.experiment.name)
     run.say(f"done: {setup.ending}")
     for label, name in [("results", "results.json"), ("curve", "loss.png"), ("metrics", "metrics.jsonl")]:
         run.say(f"  {label:<12}{run.path / name}")
-    run.say(f"  {'checkpoint':<12}{next(reversed(setup.checkpoints.all()), setup.checkpoint)}")
+    run.say(f"  {'checkpoint':<12}{checkpoint}")
 
 
 def main(stage: str = "pretrain", description: str | None = __doc__) -> None:

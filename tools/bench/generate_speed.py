@@ -14,7 +14,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from train.distributed import Ranks
 from train.generate import generate
 from train.models import BaseModelForCausalLM, ModelRegistry
 from train.models.hf import hub_parts
@@ -46,7 +45,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     model = ModelRegistry.create_from_yaml(arguments.model)
-    initialize(model, 0, Ranks(0, 1, torch.device("cpu"), None))
+    initialize(model, 0)
     other = transformers_llama(model)
     params = SamplingParams(max_new_tokens=arguments.new, temperature=0.0)
     length = {"max_new_tokens": arguments.new, "min_new_tokens": arguments.new}

@@ -31,7 +31,7 @@ def build(path: str, dtype: torch.dtype, compiled: bool) -> BaseModelForCausalLM
     with torch.device("meta"):
         model = ModelRegistry.create_from_yaml(path)
     model.to_empty(device=ranks.device)
-    initialize(model, 1, ranks)
+    initialize(model, 1)
     model.compute_dtype = dtype
     if compiled:
         for module in [*model.layers, model.norm]:

@@ -64,8 +64,9 @@ def main() -> None:
     ranks = start_ranks(None)
     with torch.device("meta"):
         model = ModelRegistry.create_from_yaml(arguments.model)
-    parallelize(model, config, ranks)
-    optimizer = create_optimizer(model, config.training, make_layout(config, ranks))
+    layout = make_layout(config, ranks)
+    parallelize(model, config, layout)
+    optimizer = create_optimizer(model, config.training, layout)
     ids = torch.randint(model.config.vocab_size, (arguments.batch_size, arguments.length + 1), device=ranks.device)
     tokens = arguments.batch_size * arguments.length
 

@@ -6,7 +6,7 @@ A family file states a configuration and its blocks; everything here is independ
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
@@ -50,6 +50,11 @@ class ModelOutput:
         """What training minimises: the loss and, with experts, their balance loss."""
         assert self.loss is not None
         return self.loss if self.balance_loss is None else self.loss + self.balance_loss
+
+    def detach(self) -> ModelOutput:
+        """The same without graph."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return ModelOutput(**{name: None if tensor is None else tensor.detach() for name, tensor in tensors.items()})
 
 
 class DecoderBlock(nn.Module):
