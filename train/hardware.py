@@ -2,7 +2,8 @@
 
 Rates are dense bf16 with float32 accumulation, from NVIDIA's data sheets; where a sheet gives only the rate "with
 sparsity", half of it. They are what the sheet promises at its highest clock: matrix products reach 70 to 75 % of 989
-TFLOP/s on an H100 under its power limit. Memory is what CUDA reports as a card's total, which is less than its name says.
+TFLOP/s on an H100 under its power limit. Memory is what CUDA reports as the total,
+which is less than the name says.
 """
 
 from __future__ import annotations
