@@ -12,9 +12,10 @@ part of a sum over the group, as in data parallelism.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
-from torch.distributed._functional_collectives import all_gather_tensor_autograd, reduce_scatter_tensor_autograd
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,47 @@ class SequenceShare:
 
     def gather(self, x: Tensor) -> Tensor:
         """[batch, length / size, hidden] -> [batch, length, hidden]; its gradient is reduced."""
-        return all_gather_tensor_autograd(x.contiguous(), 1, self.group)
+        return _Gather.apply(x, self.size, self.group)
 
     def reduce(self, x: Tensor) -> Tensor:
         """[batch, length, hidden], a part of a sum over the ranks -> this rank's share of the sum; gradients gather."""
-        return reduce_scatter_tensor_autograd(x.contiguous(), "sum", 1, self.group)
+        return _Reduce.apply(x, self.size, self.group)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: int, group: str) -> Tensor:
+        ctx.size, ctx.group = size, group
+        return gather(x, size, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return reduce_scatter(grad, ctx.size, ctx.group), None, None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: int, group: str) -> Tensor:
+        ctx.size, ctx.group = size, group
+        return reduce_scatter(x, size, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return gather(grad, ctx.size, ctx.group), None, None
+
+
+# The operators behind PyTorch's functional collectives, which compiled code takes as they are.
+
+
+def gather(x: Tensor, size: int, group: str) -> Tensor:
+    """The shares [batch, length / size, hidden] of all ranks, one behind the other along the length."""
+    parts = torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), size, group)
+    parts = torch.ops._c10d_functional.wait_tensor(parts)
+    return parts.unflatten(0, (size, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def reduce_scatter(x: Tensor, size: int, group: str) -> Tensor:
+    """This rank's share of the length of the sum over the ranks of [batch, length, hidden]."""
+    parts = x.unflatten(1, (size, -1)).transpose(0, 1).flatten(0, 1).contiguous()
+    part = torch.ops._c10d_functional.reduce_scatter_tensor(parts, "sum", size, group)
+    return torch.ops._c10d_functional.wait_tensor(part)
