@@ -13,7 +13,6 @@ import torch
 import yaml
 from small_models import shard_alone
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.distributed.checkpoint import FileSystemReader
 from training_runs import (
     MODEL,
     SEQ_LEN,
@@ -32,11 +31,10 @@ from training_runs import (
 
 from shards.errors import UserError
 from shards.mixture import MixtureConfig, MixturePlan
-from train.checkpoint import Checkpoints, weights_sha256
+from train.checkpoint import weights_sha256
 from train.config import load_experiment
 from train.distributed import Ranks
 from train.evaluate import Validation
-from train.layout import make_layout
 from train.load import load_run
 from train.optim import Optimizer, create_optimizer
 from train.parallel import initialize
@@ -188,11 +186,13 @@ def test_tensorboard_mirrors_the_metrics(finished):
 
 def test_the_trained_model_loads(finished, data):
     model, tokenizer, end = load_run(finished.run)
-    assert weights_sha256(model) == results(finished.run)["weights_sha256"]
+    assert weights_sha256(step_folder(finished.run, 30)) == results(finished.run)["weights_sha256"]
+    stored = checkpoint_tensors(step_folder(finished.run, 30))
+    assert all(torch.equal(tensor, stored[f"model.{name}"]) for name, tensor in model.named_parameters())
     assert tokenizer == (data.folder / "code" / "tokenizer.json").read_bytes()
     assert end == 0
     older, _, _ = load_run(finished.run, step_folder(finished.run, 24))
-    assert weights_sha256(older) != weights_sha256(model)
+    assert not torch.equal(older.embed_tokens.weight, model.embed_tokens.weight)
 
 
 # What ends it, and how a step is shared
@@ -286,14 +286,15 @@ def test_sharded_bf16_weights_are_saved_in_full(data, tmp_path):
         shard_alone(model)
         model.to_empty(device="cpu")
         initialize(model, 7)
-        optimizer, before = create_optimizer(model, config.training, make_layout(config, ALONE)), weights_sha256(model)
+        optimizer = create_optimizer(model, config.training, setup.layout)
+        before = {name: parameter.full_tensor() for name, parameter in model.named_parameters()}
         passes = Passes(model, setup.layout, batch_size=4, length=SEQ_LEN)
         Validation(config.evaluation, setup.plan, 4, False, setup.layout).run(passes)
         assert any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())  # or this tests nothing
-        Checkpoints(tmp_path / "run", None, ALONE).save(setup.state_at(1, 8), model, optimizer)
-        stored = FileSystemReader(step_folder(tmp_path / "run", 1)).read_metadata().state_dict_metadata
-        assert {entry.properties.dtype for entry in stored.values()} == {torch.float32}
-        assert weights_sha256(model) == before
+        setup.checkpoints.save(setup.state_at(1, 8), model, optimizer, wait=True)
+        stored = checkpoint_tensors(step_folder(tmp_path / "run", 1))
+        assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+        assert all(torch.equal(stored[f"model.{name}"], tensor) for name, tensor in before.items())
     finally:
         torch.distributed.destroy_process_group()
 

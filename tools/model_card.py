@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from train.checkpoint import RunState
 from train.metrics import read_metrics
 from train.models import BaseModelConfig
+from train.run_state import RunState
 
 _TRAINING = (
     *("max_steps", "batch_size", "gradient_accumulation_steps", "optimizer", "learning_rate", "lr_scheduler"),

@@ -1,166 +1,153 @@
 """Checkpoints: the model, the optimiser and where the run stands, complete or absent.
 
-    checkpoints/step-00001000/     a torch.distributed.checkpoint of {model, optimizer}, any layout, any world size
-                      state.json   step, next sample, the plan behind it, and what a resumed run must not change
+    checkpoints/step-00001000/     a torch.distributed.checkpoint of whole tensors, whatever layout wrote or reads them
+                      state.json   step, next sample, the plan behind it, what a resumed run must not change, and sizes
+                                   and hashes of the other files, as they were read back
 
-A checkpoint is written beside its name, synced and renamed. Learning rate and data order are pure functions of step and
-sample number and nothing draws random numbers while training, so there is no other state.
+Training waits only while the tensors are copied to the host's memory; a thread writes them beside the checkpoint's
+name, reads them back, renames, and removes what is beyond the limit. Learning rate and data order are pure functions of
+step and sample number and nothing draws random numbers while training, so there is no other state.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
-import re
 import shutil
+import time
 import warnings
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from shards.errors import UserError
 from shards.files import sync_directory, write_atomic
-from shards.mixture import MixturePlan
-from train.distributed import Ranks
-from train.optim import Optimizer
+from train.checkpoint_files import (
+    HostMemory,
+    describe_file,
+    read_tensors,
+    reason,
+    stored_shapes,
+    together,
+    write_tensors,
+)
+from train.config import CheckpointingSection
+from train.layout import Layout
+from train.models.transformer import BaseModelForCausalLM
+from train.pieces import StoredTensor
+from train.run_state import RunState, complete_checkpoints, step_of
+from train.stored_weights import StoredWeights
 
 # Saving from a single process without a process group is meant.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
-_NAME = re.compile(r"step-(\d{8,})")
 
+class Optimizer(Protocol):
+    """What a checkpoint keeps of an optimiser."""
 
-@dataclasses.dataclass(frozen=True)
-class RunState:
-    """Where a run stands after `step` updates.
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """The live tensors by kind and name.
 
-    Attributes:
-        next_sample: first sample of the next step; with `plan`, all the state of the data.
-        plan: fingerprint of the mixture behind `next_sample`.
-        past: what that fingerprint is made of, to say what differs.
-        position: epoch, window, shard and offset of each source, for people and for a second check.
-        identity: seed, model, optimiser and global batch, which a resumed run must share.
-        world_size: ranks that the global batch is meant for.
-        skipped_steps: updates left out because a gradient was not finite.
-        origin: the checkpoint that the run was told to start from, if it was.
-    """
-
-    step: int
-    next_sample: int
-    plan: str
-    past: dict[str, Any]
-    position: dict[str, dict[str, int]]
-    identity: dict[str, Any]
-    world_size: int
-    skipped_steps: int = 0
-    origin: str | None = None
-
-    @classmethod
-    def read(cls, checkpoint: Path) -> RunState:
-        """Read `state.json` of a checkpoint.
-
-        Raises:
-            UserError: there is no checkpoint at this path, or it is not one of this program.
+        One with a parameter's name and the shape of what this rank has of it is laid out like the parameter; any other
+        is equal on all ranks.
         """
-        path = checkpoint / "state.json"
-        try:
-            return cls(**json.loads(path.read_text()))
-        except FileNotFoundError:
-            raise UserError(f"{checkpoint}: no checkpoint here (state.json is missing)") from None
-        except (json.JSONDecodeError, TypeError) as error:
-            raise UserError(f"{path}: not readable as a checkpoint's state: {error}") from None
-
-    def check_resumable(self, plan: MixturePlan, identity: dict[str, Any], checkpoint: Path) -> None:
-        """Refuse to go on with something else than what made the checkpoint.
-
-        Raises:
-            UserError: naming every field that differs, with both values.
-        """
-        changed = differences(self.identity, identity)
-        if plan.fingerprint(self.next_sample) != self.plan:
-            changed += differences(self.past, plan.past(self.next_sample), "data.")
-        else:  # sources that enter later belong to the future
-            position = plan.position(self.next_sample)
-            changed += [
-                line
-                for name in self.past["sources"]
-                for line in differences(self.position[name], position[name], f"position.{name}.")
-            ]
-        if changed:
-            raise UserError(
-                "\n  ".join(
-                    [
-                        f"{checkpoint}: this checkpoint belongs to a different run; it had",
-                        *changed,
-                        "restore these, or start a new run: another checkpointing.output_dir, or "
-                        "checkpointing.resume_from_checkpoint=never",
-                    ]
-                )
-            )
-
-
-def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Lines `dotted.path: old, now new` for all that differs between two JSON-like values."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*old, *(key for key in new if key not in old)]
-        return [line for key in keys for line in differences(old.get(key), new.get(key), f"{path}{key}.")]
-    if isinstance(old, list) and isinstance(new, list) and all(isinstance(item, dict) for item in old + new):
-        pairs = enumerate(itertools.zip_longest(old, new))
-        return [line for index, (a, b) in pairs for line in differences(a, b, f"{path}{index}.")]
-    return [] if old == new else [f"{path.rstrip('.')}: {old}, now {new}"]
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first."""
-    found = [path.parent for path in folder.glob("step-*/state.json") if _NAME.fullmatch(path.parent.name)]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+        ...
 
 
 class Checkpoints:
-    """The `checkpoints/` folder of a run."""
+    """The `checkpoints/` folder of a run. All ranks make one and call the same methods in the same order.
 
-    def __init__(self, run: Path, limit: int | None, ranks: Ranks) -> None:
+    Args:
+        run: the run folder.
+        section: how often what is saved, and how many are kept.
+        layout: of the ranks.
+        say: takes what there is to tell; it prints on the first rank only. An attribute too: a run's log opens later.
+    """
+
+    def __init__(self, run: Path, section: CheckpointingSection, layout: Layout, say: Callable[[str], None]) -> None:
         self.folder = run / "checkpoints"
-        self._limit, self._ranks = limit, ranks
+        self._section, self._ranks, self.say = section, layout.ranks, say
+        # Of its own: the thread that writes talks while the training thread does.
+        self._group = None if layout.ranks.host_group is None else dist.new_group(backend="gloo")
+        self._memory = HostMemory(layout.ranks.device)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[str] | None = None
 
     def all(self) -> list[Path]:
-        """Complete checkpoints of this run, oldest first."""
+        """Complete checkpoints of this run, oldest first, with those that hold weights only."""
         return complete_checkpoints(self.folder)
 
     def find(self, resume_from: str | None) -> Path | None:
         """The checkpoint to start from: None or "auto": the newest; "never": none; else a path.
 
-        A run that was started from a path and is started so again goes on from its own newest checkpoint.
+        Those that hold weights only are not considered, and one that lacks a part of a file or whose weights are not
+        finite is passed over, which is said. A run that was started from a path and is started so again goes on from
+        its own newest checkpoint.
 
         Raises:
-            UserError: the path holds no checkpoint.
+            UserError: the path holds no checkpoint that a run can go on from, or all checkpoints here are damaged.
         """
-        newest = next(iter(reversed(self.all())), None)
         if resume_from == "never":
             return None
-        if resume_from in (None, "auto") or (newest and RunState.read(newest).origin == resume_from):
-            return newest
+        own = self._resumable()
+        if resume_from in (None, "auto") or (own and RunState.read(own[0]).origin == resume_from):
+            return self._newest_good(own)
         path = Path(resume_from or "")
-        RunState.read(path)
+        state = RunState.read(path)
+        if not state.resumable:
+            raise UserError(
+                f"{path}: this checkpoint holds weights only, without the optimiser's state: a run cannot go on from "
+                "it; take one whose step is a multiple of its checkpointing.save_optimizer_every, or start a new run "
+                f"from these weights with model.from_pretrained={path}"
+            )
+        if fault := state.fault(path):
+            raise UserError(f"{path}: a run cannot go on from this checkpoint ({fault}); take another one")
         return path
+
+    def last_before(self, step: int) -> Path | None:
+        """The newest checkpoint of this run behind which `step` was still to come, if a run can go on from one."""
+        self.wait()
+        earlier = (path for path in self._resumable() if step_of(path) < step)
+        return next((path for path in earlier if not RunState.read(path).fault(path)), None)
+
+    def _resumable(self) -> list[Path]:
+        """Checkpoints that hold the optimiser's state too, newest first."""
+        return [path for path in reversed(self.all()) if RunState.read(path).resumable]
+
+    def _newest_good(self, checkpoints: list[Path]) -> Path | None:
+        for path in checkpoints:
+            fault = RunState.read(path).fault(path)
+            if fault is None:
+                return path
+            self.say(f"note: {path} is passed over: {fault}")
+        if checkpoints:
+            raise UserError(
+                f"{self.folder}: no checkpoint here can be gone on from ({checkpoints[0].name}: {fault}); restore its "
+                "files, or start anew with checkpointing.resume_from_checkpoint=never"
+            )
+        return None
 
     def set_aside(self, step: int) -> Path | None:
         """Move checkpoints of later steps, and a copy of the metrics, out of the way of a run that goes on from `step`.
 
+        What an interrupted write left is removed. Only the first rank calls it, while nothing is being written.
+
         Returns:
             the folder that holds them now, if there were any.
         """
-        later = [path for path in self.all() if int(path.name[5:]) > step]
+        self._remove_unfinished()
+        later = [path for path in self.all() if step_of(path) > step]
         if not later:
             return None
         target = next(p for n in range(1, 10_000) if not (p := self.folder / f"superseded-{n}").exists())
@@ -172,90 +159,200 @@ class Checkpoints:
             os.replace(path, target / path.name)
         return target
 
-    def _remove_unfinished(self) -> None:
-        for temporary in self.folder.glob(".step-*.tmp"):
-            shutil.rmtree(temporary, ignore_errors=True)
+    def save(self, state: RunState, model: BaseModelForCausalLM, optimizer: Optimizer, *, wait: bool = False) -> float:
+        """Copy the model and the optimiser, and write a checkpoint of them in the background.
 
-    def save(self, state: RunState, model: nn.Module, optimizer: Optimizer) -> None:
-        """Write a checkpoint from all ranks, publish it, then remove the oldest beyond the limit.
+        An earlier write is waited for. A checkpoint whose step is no multiple of `save_optimizer_every` holds weights
+        only, unless `wait` is set. The metrics up to `state.step` must be durable already.
+
+        Args:
+            wait: until it is written, as at the end of a run.
+
+        Returns:
+            seconds that the caller was kept.
 
         Raises:
-            UserError: it cannot be written, the disk being full for example; the earlier checkpoints stay as they are.
+            UserError: with `wait`: it could not be written, the disk being full for example. Without, that is said
+                when it is known; the earlier checkpoints stay and the next save tries again.
         """
+        start = time.perf_counter()
+        self.wait()
+        every = self._section.save_optimizer_every
+        state = dataclasses.replace(state, resumable=wait or every is None or state.step % every == 0)
+        tensors = self._memory.copy(stored_tensors(model, optimizer if state.resumable else None))
+        self._writing = self._thread.submit(self._write, state, tensors)
+        if wait:
+            writing, self._writing = self._writing, None
+            self.say(writing.result())
+        elif not self._section.async_save:
+            self.wait()
+        return time.perf_counter() - start
+
+    def poll(self) -> None:
+        """Say so, if a write has ended or failed since the last call; costs nothing."""
+        if self._writing is None or not self._writing.done():
+            return
+        writing, self._writing = self._writing, None
+        try:
+            self.say(writing.result())
+        except UserError as error:
+            self.say(f"warning: {error}; the next save tries again")
+
+    def wait(self) -> None:
+        """Wait until nothing is being written, and say how it ended."""
+        if self._writing is not None:
+            wait_for([self._writing])
+            self.poll()
+
+    def load(self, checkpoint: Path, model: BaseModelForCausalLM, optimizer: Optimizer) -> None:
+        """Read a checkpoint into a model and its optimiser, whatever layout and world size wrote it.
+
+        Raises:
+            UserError: a file of it is missing or damaged, or it is of another model.
+        """
+        self.wait()
+        _read(checkpoint, stored_tensors(model, optimizer), model, self._group)
+
+    def _write(self, state: RunState, tensors: dict[str, StoredTensor]) -> str:
+        """Write, read back and publish a checkpoint with all ranks, then remove the oldest; what there is to say."""
+        start = time.perf_counter()
         final = self.folder / f"step-{state.step:08d}"
         temporary = self.folder / f".{final.name}.tmp"
-        if self._ranks.is_first:
-            self._remove_unfinished()
-            temporary.mkdir(parents=True)
-        self._ranks.barrier()
         try:
-            dcp.save(
-                _tensors(model, optimizer),
-                storage_writer=FileSystemWriter(temporary, overwrite=False),
-                no_dist=self._ranks.world_size == 1,
-                process_group=self._ranks.host_group,
-            )
+            together(lambda: self._begin(temporary), self._group)
+            files = write_tensors(temporary, tensors, self._group)
+            finite = all(together(lambda: _finite(tensors), self._group))
+            state = dataclasses.replace(state, finite=finite, files=files)
+            together(lambda: self._publish(state, temporary, final), self._group)
         except (Exception, CheckpointException) as error:  # the latter derives from BaseException
             if self._ranks.is_first:
                 self._remove_unfinished()
             raise UserError(
-                f"{final}: the checkpoint could not be written ({_reason(error)}); the earlier ones are unharmed: "
-                "make room, then the same command goes on from the newest"
+                f"{final}: the checkpoint could not be written ({reason(error)}); the earlier ones are unharmed: make "
+                "room, then the same command goes on from the newest"
             ) from error
-        self._ranks.barrier()
+        size = sum(entry["bytes"] for entry in files.values())
+        kind = "" if state.resumable else ", weights only"
+        warning = "" if finite else "; some weights are not finite, so no run goes on from it"
+        return f"checkpoint {final.name}: {size / 1e9:.3g} GB in {time.perf_counter() - start:.1f} s{kind}{warning}"
+
+    def _begin(self, temporary: Path) -> None:
         if self._ranks.is_first:
-            write_atomic(temporary / "state.json", json.dumps(dataclasses.asdict(state), indent=1))
-            os.replace(temporary, final)
-            sync_directory(self.folder)
-            for old in self.all()[: -self._limit] if self._limit else []:
-                os.replace(old, self.folder / f".{old.name}.tmp")  # removed whole: half of one is never seen
             self._remove_unfinished()
-        self._ranks.barrier()
+            temporary.mkdir(parents=True)
 
-    def load(self, checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:
-        """Read a checkpoint into a model and its optimiser, whatever layout and world size wrote it.
+    def _publish(self, state: RunState, temporary: Path, final: Path) -> None:
+        if not self._ranks.is_first:
+            return
+        write_atomic(temporary / "state.json", json.dumps(dataclasses.asdict(state), indent=1))
+        if final.exists():  # of the same step, before a rollback
+            self._discard(final)
+        os.replace(temporary, final)
+        sync_directory(self.folder)
+        for old in self._expired():
+            self._discard(old)
+        self._remove_unfinished()
 
-        Raises:
-            UserError: a file of it is missing or damaged.
+    def _expired(self) -> list[Path]:
+        """What is beyond the limit, oldest first.
+
+        Of those that can be resumed from as many as the limit says are kept, and those that hold weights only in the
+        places that are left. The newest of all stays in any case, and so does the newest that a run can go on from.
         """
-        _read(checkpoint, _tensors(model, optimizer), self._ranks)
+        limit = self._section.save_total_limit
+        if limit is None:
+            return []
+        states = {path: RunState.read(path) for path in self.all()}
+        resumable = [path for path, state in states.items() if state.resumable]
+        weights_only = [path for path, state in states.items() if not state.resumable]
+        expired = resumable[:-limit]
+        excess = len(states) - len(expired) - limit
+        expired += weights_only[: max(0, excess)]
+        good = [path for path in resumable if not states[path].fault(path)]
+        return [path for path in expired if path not in (*good[-1:], *list(states)[-1:])]
+
+    def _discard(self, checkpoint: Path) -> None:
+        """Take a checkpoint's name from it: half a checkpoint is never seen."""
+        os.replace(checkpoint, self.folder / f".{checkpoint.name}.old.tmp")
+
+    def _remove_unfinished(self) -> None:
+        for temporary in self.folder.glob(".step-*.tmp"):
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
-def load_weights(checkpoint: Path, model: nn.Module) -> None:
-    """Read only the weights of a checkpoint into a model of this process.
+def stored_tensors(model: BaseModelForCausalLM, optimizer: Optimizer | None) -> dict[str, StoredTensor]:
+    """What this rank has of a model and its optimiser, as the tensors rest, by name; shares their memory."""
+    if isinstance(model, FSDPModule):
+        model.reshard()  # validation leaves the weights outside of the blocks gathered, in the compute dtype
+    parameters = dict(model.named_parameters())
+    tensors = {
+        f"model.{name}": StoredTensor.of(tensor, model.cuts.get(name))
+        for name, tensor in (*parameters.items(), *model.named_buffers())
+    }
+    for kind, entries in ({} if optimizer is None else optimizer.state_dict()).items():
+        for name, tensor in entries.items():
+            parameter = parameters.get(name)
+            alike = parameter is not None and _local_shape(tensor) == _local_shape(parameter)
+            tensors[f"optimizer.{kind}.{name}"] = (
+                StoredTensor.of(tensor, model.cuts.get(name), parameter) if alike else StoredTensor.of(tensor)
+            )
+    return tensors
+
+
+def _local_shape(tensor: Tensor) -> torch.Size:
+    return tensor.to_local().shape if isinstance(tensor, DTensor) else tensor.shape
+
+
+def _finite(tensors: dict[str, StoredTensor]) -> bool:
+    """Whether all weights among this rank's tensors are."""
+    weights = [part.tensor for name, tensor in tensors.items() if name.startswith("model.") for part in tensor.parts]
+    return all(bool(torch.stack(torch.aminmax(weight)).isfinite().all()) for weight in weights)
+
+
+def load_weights(checkpoint: Path, model: BaseModelForCausalLM) -> None:
+    """Read only the weights of a checkpoint into what this rank has of a model.
 
     Raises:
         UserError: a file of it is missing or damaged, or it is of another model.
     """
-    _read(checkpoint, {"model": _weights(model)}, None)
+    _read(checkpoint, stored_tensors(model, None), model, None)
 
 
-def _read(checkpoint: Path, tensors: dict[str, Any], ranks: Ranks | None) -> None:
+def _read(
+    checkpoint: Path, tensors: dict[str, StoredTensor], model: BaseModelForCausalLM, group: dist.ProcessGroup | None
+) -> None:
     if not checkpoint.is_dir():
         raise UserError(f"{checkpoint}: no such checkpoint")
-    reader = FileSystemReader(checkpoint)
+    state = RunState.read(checkpoint)
     try:
         # Read here first: dcp would log a traceback of its own where this fails.
-        _check_model(tensors["model"], reader.read_metadata().state_dict_metadata, checkpoint)
-        dcp.load(
-            tensors,
-            storage_reader=reader,
-            no_dist=ranks is None or ranks.world_size == 1,
-            process_group=ranks and ranks.host_group,
-        )
+        stored = stored_shapes(checkpoint)
+        _check_model(model, stored, checkpoint)
+        together(lambda: _check_files(checkpoint, state, group), group)
+        # What watches the gradients' norm begins anew where a checkpoint is older than that.
+        wanted = {n: t for n, t in tensors.items() if n in stored or not n.startswith("optimizer.guard.")}
+        read_tensors(checkpoint, wanted, group)
     except UserError:
         raise
     except (Exception, CheckpointException) as error:  # whatever unpickling and reading raise
         raise UserError(
-            f"{checkpoint}: the checkpoint cannot be read ({_reason(error)}); if it is damaged, remove it, and the run "
+            f"{checkpoint}: the checkpoint cannot be read ({reason(error)}); if it is damaged, remove it, and the run "
             "goes on from the one before"
         ) from error
 
 
-def _check_model(weights: dict[str, Tensor], stored: dict[str, Any], checkpoint: Path) -> None:
+def _check_files(checkpoint: Path, state: RunState, group: dist.ProcessGroup | None) -> None:
+    """Compare this rank's share of the files with what was written."""
+    rank, size = (0, 1) if group is None else (group.rank(), group.size())
+    for name in sorted(state.files)[rank::size]:
+        if describe_file(checkpoint / name) != state.files[name]:
+            raise OSError(f"{name} is not as it was written")
+
+
+def _check_model(model: BaseModelForCausalLM, stored: dict[str, tuple[int, ...]], checkpoint: Path) -> None:
     """Refuse a checkpoint of another model: dcp would ignore what the model does not ask for."""
-    found = {name: tuple(entry.size) for name, entry in stored.items() if name.startswith("model.")}
-    wanted = {f"model.{name}": tuple(tensor.shape) for name, tensor in weights.items()}
+    found = {name: shape for name, shape in stored.items() if name.startswith("model.")}
+    wanted = {f"model.{name}": shape for name, shape in model.whole_shapes.items()}
     if wrong := [name for name in [*wanted, *found] if found.get(name) != wanted.get(name)]:
         raise UserError(
             f"{checkpoint}: this is a checkpoint of another model: {wrong[0]} is {found.get(wrong[0], 'missing')} "
@@ -263,32 +360,15 @@ def _check_model(weights: dict[str, Tensor], stored: dict[str, Any], checkpoint:
         )
 
 
-def _reason(error: BaseException) -> str:
-    """The first line of what went wrong on the first rank that failed."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+def weights_sha256(checkpoint: Path) -> str:
+    """Hash over all weights of a checkpoint by name, one tensor in memory at a time; equal for all layouts.
 
-
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters, and the routers' correction biases, by name, as they rest: sharded, float32."""
-    if isinstance(model, FSDPModule):
-        model.reshard()  # validation leaves the weights outside of the blocks gathered, in the compute dtype
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    return {"model": _weights(model), "optimizer": optimizer.state_dict()}
-
-
-def weights_sha256(model: nn.Module) -> str:
-    """Hash over all weights by name, independent of the layout; every rank must call it."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(_weights(model).items()):
-        tensor = parameter.detach()
-        if isinstance(tensor, DTensor):
-            tensor = tensor.full_tensor()
-        tensor = tensor.cpu().contiguous()
+    Raises:
+        UserError: there is no checkpoint here, or it is damaged.
+    """
+    weights, digest = StoredWeights(checkpoint), hashlib.sha256()
+    for name in sorted(weights.shapes):
+        tensor = weights.read(name)
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.view(torch.uint8).numpy().data)
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

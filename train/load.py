@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from shards.errors import UserError
-from train.checkpoint import complete_checkpoints, load_weights
+from train.checkpoint import load_weights
 from train.config import load_experiment
 from train.models import BaseModelConfig, BaseModelForCausalLM, ModelRegistry
-from train.prepare import load_model_config
+from train.run_state import complete_checkpoints
 
 
 def load_run(
@@ -45,7 +45,27 @@ def run_model_config(run: Path) -> BaseModelConfig:
         raise UserError(f"{run}: no run folder (manifest.json is missing)")
     if not (run / "config.yaml").exists():
         return ModelRegistry.load_config(run / "model.yaml")  # imported: there was no experiment
-    return load_model_config(load_experiment(run / "config.yaml"))
+    fields = load_experiment(run / "config.yaml").model.config or {}  # a run writes them all, whatever it was given
+    return ModelRegistry.parse_config(fields, f"{run / 'config.yaml'}, model.config")
+
+
+def find_checkpoint(source: Path) -> tuple[Path, Path]:
+    """The run folder and the checkpoint that a path names: a run (its newest checkpoint), or one of its checkpoints.
+
+    Raises:
+        UserError: it names neither.
+    """
+    if (source / "state.json").exists():
+        run = source.absolute().parent.parent
+        if not (run / "manifest.json").exists():
+            raise UserError(f"{source}: a checkpoint outside of its run folder; its model and tokenizer are kept there")
+        return run, source
+    if not source.exists():
+        raise UserError(f"{source}: no such folder")
+    if (source / "config.json").exists():
+        raise UserError(f"{source}: a Hugging Face folder already; minigpt-import makes a run folder of one")
+    run_model_config(source)
+    return source, newest_checkpoint(source)
 
 
 def newest_checkpoint(run: Path) -> Path:

@@ -1,8 +1,8 @@
 """Which part of a whole tensor a rank holds, whatever the layout, and checkpoints of whole tensors made of such parts.
 
 Tensor parallelism leaves blocks of one dimension (`Cut`), FSDP a range of the rows of what is left. Together they are a
-few rectangles of the whole tensor (`Piece`). A checkpoint stores whole tensors by their pieces, so what one layout wrote
-any other can read, and one process too.
+few rectangles of the whole tensor (`Piece`). A checkpoint stores whole tensors by their pieces, so what one layout
+wrote any other can read, and one process too.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
+    Metadata,
     MetadataIndex,
     TensorProperties,
 )
@@ -69,13 +70,19 @@ def whole_shape(tensor: Tensor, cut: Cut | None) -> tuple[int, ...]:
     return cut.shape if cut is not None else tuple(tensor.shape)
 
 
-def pieces(tensor: Tensor, cut: Cut | None = None) -> list[Piece]:
-    """The pieces of a parameter, or of a tensor laid out like one, that this rank holds; without the empty ones."""
+def pieces(tensor: Tensor, cut: Cut | None = None, like: Tensor | None = None) -> list[Piece]:
+    """The pieces of a tensor that this rank holds; without the empty ones.
+
+    Args:
+        tensor: a parameter, or one that is laid out like it.
+        cut: what tensor parallelism left of the parameter.
+        like: the parameter, where `tensor` is a plain tensor with the shape of what this rank has of it.
+    """
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     local = local.detach()
     if local.ndim == 0:
         return [Piece((), local)]
-    first, last = row_range(tensor)
+    first, last = row_range(tensor if like is None else like)
     if cut is None:
         return [Piece((first, *[0] * (local.ndim - 1)), local)] if last > first else []
     found, position = [], 0  # of the block in the cut dimension of the tensor that FSDP cut into rows
@@ -96,24 +103,22 @@ def pieces(tensor: Tensor, cut: Cut | None = None) -> list[Piece]:
 
 
 class StoredTensor:
-    """A whole tensor that the ranks hold in pieces, in the form in which torch.distributed.checkpoint takes it."""
+    """A whole tensor that the ranks hold in pieces, in the form in which torch.distributed.checkpoint takes it.
+
+    Ranks that hold the same piece say so by its offsets: it is written once, by the one that has least to write.
+    """
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, parts: list[Piece]) -> None:
         self.shape, self.dtype, self.parts = torch.Size(shape), dtype, parts
 
     @classmethod
-    def of(cls, tensor: Tensor, cut: Cut | None = None) -> StoredTensor:
-        """Of a parameter or a tensor laid out like one; shares its memory."""
-        return cls(whole_shape(tensor, cut), tensor.dtype, pieces(tensor, cut))
+    def of(cls, tensor: Tensor, cut: Cut | None = None, like: Tensor | None = None) -> StoredTensor:
+        """Of a tensor as `pieces` takes it; shares its memory."""
+        return cls(whole_shape(tensor if like is None else like, cut), tensor.dtype, pieces(tensor, cut, like))
 
     def size(self) -> torch.Size:
         """Shape of the whole."""
         return self.shape
-
-    def copy(self) -> StoredTensor:
-        """The same in memory of its own on the host: what a writer works on while training goes on."""
-        parts = [Piece(part.offsets, part.tensor.to("cpu", copy=True)) for part in self.parts]
-        return StoredTensor(tuple(self.shape), self.dtype, parts)
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [ChunkStorageMetadata(torch.Size(part.offsets), part.tensor.shape) for part in self.parts]
@@ -122,7 +127,7 @@ class StoredTensor:
         properties = TensorProperties(dtype=self.dtype)
         return [
             WriteItem(
-                MetadataIndex(fqn, chunk.offsets, None),
+                MetadataIndex(fqn, chunk.offsets),
                 WriteItemType.SHARD,
                 tensor_data=TensorWriteData(chunk, properties, self.shape),
             )
@@ -134,16 +139,26 @@ class StoredTensor:
 
 
 class SavePlanner(DefaultSavePlanner):
-    """Takes `StoredTensor` beside plain tensors."""
+    """Plans the writing of a flat dictionary of `StoredTensor`."""
 
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        found = self.state_dict[index.fqn]
-        return found.__get_tensor_shard__(index) if isinstance(found, StoredTensor) else super().lookup_object(index)
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self.state_dict[index.fqn].__get_tensor_shard__(index)
 
 
 class LoadPlanner(DefaultLoadPlanner):
-    """Takes `StoredTensor` beside plain tensors."""
+    """Plans the reading into a flat dictionary of `StoredTensor`."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        # The default replaces what is no tensor of PyTorch's own by None.
+        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        found = self.state_dict[index.fqn]
-        return found.__get_tensor_shard__(index) if isinstance(found, StoredTensor) else super().lookup_tensor(index)
+        return self.state_dict[index.fqn].__get_tensor_shard__(index)

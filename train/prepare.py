@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,16 @@ from shards.describe import summarize
 from shards.errors import UserError
 from shards.mixture import MixtureConfig, MixturePlan, load_mixture
 from shards.settings import validate
-from train.checkpoint import Checkpoints, RunState, differences
+from train.checkpoint import Checkpoints
 from train.config import ExperimentConfig
 from train.distributed import Ranks
 from train.flops import flops_per_token
 from train.layout import Layout, make_layout
 from train.models import BaseModelConfig, BaseModelForCausalLM, ModelRegistry
-from train.models.hf import load_hf_weights, model_file
 from train.optim import Optimizer
 from train.run_folder import RunFolder
+from train.run_state import RunState, differences
+from train.start_weights import load_start_weights, start_config, start_folder, start_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +114,7 @@ class Setup:
                 )
             self.checkpoints.load(self.checkpoint, model, optimizer)
         elif self.config.model.from_pretrained is not None:
-            load_hf_weights(model, Path(self.config.model.from_pretrained))
+            load_start_weights(model, self.config.model.from_pretrained)
         if not self.ranks.agree(state.step):
             raise UserError(
                 f"{self.checkpoints.folder}: the ranks see different checkpoints; do they all share this file system?"
@@ -147,7 +149,7 @@ class Setup:
             run.say(f"note: {warning}")
         if self.checkpoint is None:
             if config.model.from_pretrained is not None:
-                run.say(f"starting from the weights in {config.model.from_pretrained}")
+                run.say(f"starting from the weights in {start_folder(config.model.from_pretrained)}")
             return
         run.say(f"resuming from {self.checkpoint} at step {state.step}")
         if previous := run.previous_config():
@@ -169,7 +171,7 @@ def prepare(config: ExperimentConfig, ranks: Ranks) -> Setup:
     model_config = load_model_config(config)
     with torch.device("meta"):
         model = ModelRegistry.create_model(model_config.model_type, model_config)
-    checkpoints = Checkpoints(Path(config.checkpointing.output_dir), config.checkpointing.save_total_limit, ranks)
+    checkpoints = Checkpoints(Path(config.checkpointing.output_dir), config.checkpointing, layout, partial(_say, ranks))
     checkpoint = checkpoints.find(config.checkpointing.resume_from_checkpoint)
     first_world_size = RunState.read(checkpoint).world_size if checkpoint else layout.data_size
     world_size = config.training.world_size or first_world_size
@@ -190,7 +192,7 @@ def prepare(config: ExperimentConfig, ranks: Ranks) -> Setup:
     plan = MixturePlan.build(mixture, seq_len, total_samples=max_steps and max_steps * global_batch)
     _check_vocabulary(plan, model_config)
     if config.model.from_pretrained is not None and checkpoint is None:
-        _check_tokenizer(plan, Path(config.model.from_pretrained) / "tokenizer.json")
+        _check_tokenizer(plan, start_tokenizer(config.model.from_pretrained))
     total_steps, ending = _run_length(max_steps, mixture, plan, global_batch)
     if config.training.warmup_steps >= total_steps:
         raise UserError(
@@ -215,16 +217,23 @@ def prepare(config: ExperimentConfig, ranks: Ranks) -> Setup:
     )
 
 
+def _say(ranks: Ranks, message: str) -> None:
+    """Until the run's folder is open."""
+    if ranks.is_first:
+        print(message, flush=True)
+
+
 def load_model_config(config: ExperimentConfig) -> BaseModelConfig:
     """The model's configuration: the file or the inline fields, with the overrides on top."""
     section = config.model
-    path = section.config_path
+    path = section.config_path or (section.from_pretrained if section.config is None else None)
     if section.config is not None:
         fields = {"model_type": section.type, **section.config, **section.overrides}
         model_config = ModelRegistry.parse_config(fields, "model.config")
+    elif section.config_path is not None:
+        model_config = ModelRegistry.load_config(section.config_path, section.overrides)
     else:
-        path = path or str(model_file(Path(str(section.from_pretrained))))
-        model_config = ModelRegistry.load_config(path, section.overrides)
+        model_config = start_config(str(section.from_pretrained), section.overrides)
     if multiple := section.pad_vocab_multiple:
         padded = -(-model_config.vocab_size // multiple) * multiple
         model_config = model_config.model_copy(update={"vocab_size": padded})

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 
 from shards.errors import UserError
 from shards.files import sync_directory, write_atomic
-from train.checkpoint import RunState
+from train.run_state import RunState
 
 _PREFIX = "model."
 
@@ -114,7 +114,7 @@ def write_weights(
         planner=_Planner(read),
         no_dist=True,
     )
-    state = RunState(0, 0, plan="", past={}, position={}, identity={}, world_size=1, origin=origin)
+    state = RunState(0, 0, plan="", past={}, position={}, identity={}, world_size=1, origin=origin, resumable=False)
     write_atomic(temporary / "state.json", json.dumps(dataclasses.asdict(state), indent=1))
     os.replace(temporary, final)
     sync_directory(folder)

@@ -1,0 +1,180 @@
+"""The files of a checkpoint: written by all ranks from a copy in their host memory, read back, and read again later."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from xxhash import xxh3_64
+
+from train.pieces import LoadPlanner, Piece, SavePlanner, StoredTensor
+
+T = TypeVar("T")
+
+
+class HostMemory:
+    """Memory on the host that tensors are copied to, kept from one copy to the next; page-locked beside a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._unlock: weakref.finalize | None = None
+
+    def copy(self, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+        """The same tensors in this memory, which the next copy overwrites."""
+        total = sum(_aligned(part.tensor.nbytes) for tensor in tensors.values() for part in tensor.parts)
+        if total > self._memory.nbytes:
+            self._allocate(total)
+        memory, offset, copies = self._memory.numpy(), 0, {}
+        for name, tensor in tensors.items():
+            parts = []
+            for part in tensor.parts:
+                # Each with a storage of its own: the writer would copy a slice of a larger one once more.
+                host = torch.frombuffer(memory, dtype=tensor.dtype, count=part.tensor.numel(), offset=offset)
+                parts.append(Piece(part.offsets, host.view(part.tensor.shape)))
+                parts[-1].tensor.copy_(part.tensor, non_blocking=True)
+                offset += _aligned(part.tensor.nbytes)
+            copies[name] = StoredTensor(tuple(tensor.shape), tensor.dtype, parts)
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        return copies
+
+    def _allocate(self, size: int) -> None:
+        if self._unlock is not None:
+            self._unlock()
+        self._memory = torch.empty(size, dtype=torch.uint8)
+        if self._device.type == "cuda":  # PyTorch's own page-locked memory is rounded up to a power of two
+            runtime, address = torch.cuda.cudart(), self._memory.data_ptr()
+            torch.cuda.check_error(runtime.cudaHostRegister(address, size, 0))
+            self._unlock = weakref.finalize(self, runtime.cudaHostUnregister, address)
+            self._unlock.atexit = False
+
+
+def _aligned(size: int) -> int:
+    """Rounded up to a cache line."""
+    return -(-size // 64) * 64
+
+
+def together(function: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:
+    """Call a function on all ranks of a group (None: on this one) and hand out all results, or fail on all alike.
+
+    Raises:
+        OSError: with the reason of the first rank that failed.
+    """
+    results: list[Any] = [None] * (1 if group is None else group.size())
+    try:
+        mine: tuple[T | None, str | None] = function(), None
+    except (Exception, CheckpointException) as error:  # the latter derives from BaseException
+        mine = None, reason(error)
+    if group is None:
+        results = [mine]
+    else:
+        dist.all_gather_object(results, mine, group=group)
+    if failed := [text for _, text in results if text is not None]:
+        raise OSError(failed[0])
+    return [value for value, _ in results]
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what went wrong on the first rank that failed."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+
+
+def write_tensors(
+    folder: Path, tensors: dict[str, StoredTensor], group: dist.ProcessGroup | None
+) -> dict[str, dict[str, Any]]:
+    """Write tensors into a folder from all ranks of a group, each its pieces, and read the files back.
+
+    Returns:
+        `{"bytes", "xxh3"}` of every file, by name.
+
+    Raises:
+        OSError, CheckpointException: on all ranks, where one could not write, or read something else than it wrote.
+    """
+    writer = FileSystemWriter(folder, overwrite=False, per_thread_copy_ahead=0)  # 0: no stream of a GPU in this thread
+    writer.fs = files = _HashedFiles()
+    dcp.save(tensors, storage_writer=writer, planner=SavePlanner(), no_dist=group is None, process_group=group)
+
+    def read_back() -> dict[str, dict[str, Any]]:
+        for name, written in files.written.items():
+            if (found := describe_file(folder / name)) != written:
+                raise OSError(f"{name} was read back as {found} after writing {written}")
+        return files.written
+
+    return {name: entry for written in together(read_back, group) for name, entry in written.items()}
+
+
+class _HashedFiles(FileSystem):
+    """The file system, with a record of what was written to each file."""
+
+    def __init__(self) -> None:
+        self.written: dict[str, dict[str, Any]] = {}
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+        with super().create_stream(path, mode) as stream:
+            hashed = _HashedStream(stream)
+            yield hashed
+        # The table of contents gets its name when it is complete.
+        self.written[Path(path).name.removesuffix(".tmp")] = hashed.describe()
+
+
+class _HashedStream:
+    """A stream that hashes what is written to it."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._hash, self._bytes = stream, xxh3_64(), 0
+
+    def write(self, data: Any) -> int:
+        self._hash.update(data)
+        self._bytes += memoryview(data).nbytes
+        return self._stream.write(data)
+
+    def describe(self) -> dict[str, Any]:
+        return {"bytes": self._bytes, "xxh3": self._hash.hexdigest()}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Size and xxh3-64 of a file, read from the disk as far as the system allows."""
+    digest, buffer, size = xxh3_64(), memoryview(bytearray(2**22)), 0
+    with path.open("rb", buffering=0) as file:
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # forget what is still in memory of it
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            size += count
+    return {"bytes": size, "xxh3": digest.hexdigest()}
+
+
+def read_tensors(folder: Path, tensors: dict[str, StoredTensor], group: dist.ProcessGroup | None) -> None:
+    """Read this rank's pieces of stored tensors into their memory; all ranks of a group must call it."""
+    dcp.load(
+        tensors,
+        storage_reader=FileSystemReader(folder),
+        planner=LoadPlanner(),
+        no_dist=group is None,
+        process_group=group,
+    )
+
+
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor in a folder that `write_tensors` wrote."""
+    contents = FileSystemReader(folder).read_metadata().state_dict_metadata
+    return {name: tuple(entry.size) for name, entry in contents.items() if isinstance(entry, TensorStorageMetadata)}
