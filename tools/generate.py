@@ -215,8 +215,7 @@ def load(source: Path, checkpoint: Path | None = None) -> Writer:
             raise UserError(f"{source}: a Hugging Face folder has no checkpoints; leave out --checkpoint")
         _, tokenizer = read_tokenizer(source)
         return Writer(load_pretrained(source, device, dtype), tokenizer, _end_ids(source, tokenizer), True)
-    from tools.hub_export import find_checkpoint
-    from train.load import load_run
+    from train.load import find_checkpoint, load_run
 
     if not (source / "manifest.json").exists() and not (source / "state.json").exists():
         raise UserError(f"{source}: no model here: neither a run (manifest.json) nor a Hugging Face one (config.json)")

@@ -26,7 +26,7 @@ from tools.hub_files import (
     write_tokenizer,
 )
 from tools.model_card import is_card, model_card
-from train.load import load_run, newest_checkpoint, run_model_config
+from train.load import find_checkpoint, load_run, run_model_config
 from train.models import BaseModelForCausalLM, ModelRegistry
 from train.models.hf import hub_parts, load_pretrained
 from train.models.hf_config import hf_config
@@ -64,25 +64,6 @@ class Comparison:
     tolerance: float
     rounding: float
     loader: str
-
-
-def find_checkpoint(source: Path) -> tuple[Path, Path]:
-    """The run folder and the checkpoint that a path names: a run (its newest checkpoint), or one of its checkpoints.
-
-    Raises:
-        UserError: it names neither.
-    """
-    if (source / "state.json").exists():
-        run = source.absolute().parent.parent
-        if not (run / "manifest.json").exists():
-            raise UserError(f"{source}: a checkpoint outside of its run folder; its model and tokenizer are kept there")
-        return run, source
-    if not source.exists():
-        raise UserError(f"{source}: no such folder")
-    if (source / "config.json").exists():
-        raise UserError(f"{source}: a Hugging Face folder already; minigpt-import makes a run folder of one")
-    run_model_config(source)
-    return source, newest_checkpoint(source)
 
 
 def export_pretrained(
