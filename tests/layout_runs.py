@@ -111,8 +111,7 @@ def main() -> None:
         name, _, text = argument.partition("=")
         family, strategy, *sizes, options = text.split(":")
         replicate, shard, tp, pp = map(int, sizes)
-        extra = dict.fromkeys([option for option in options.split("+") if option == "compile"], True)
-        extra |= {"recompute": option for option in options.split("+") if option in ("full", "selective")}
+        extra = {"compile": "compile" in options, "recompute": options.removeprefix("compile").strip("+") or None}
         layout = {"strategy": strategy, "dp_replicate": replicate, "dp_shard": shard, "tp": tp, "pp": pp}
         found = train(experiment(family, **layout, **extra), ranks, 30)
         gathered: list[Any] = [None] * ranks.world_size

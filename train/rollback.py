@@ -1,0 +1,67 @@
+"""Going back to the last good checkpoint, past the data that made steps go wrong, and the record of it.
+
+`rollbacks.json` in the run folder lists `{"step", "first_sample", "next_sample"}`: behind `step` the samples
+[first_sample, next_sample) were skipped. So step s begins with sample (s - 1) * global batch + all that was skipped
+behind earlier steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from shards.errors import UserError
+from train.checkpoint import Checkpoints, Optimizer
+from train.models import BaseModelForCausalLM
+from train.run_folder import RunFolder
+from train.run_state import RunState
+
+LIMIT = 3  # rollbacks to one checkpoint
+
+
+def roll_back(
+    now: RunState,
+    first_skipped: int,
+    checkpoints: Checkpoints,
+    model: BaseModelForCausalLM,
+    optimizer: Optimizer,
+    run: RunFolder,
+) -> RunState:
+    """Load the newest checkpoint from before step `first_skipped`, and leave out the data up to `now.next_sample`.
+
+    Raises:
+        UserError: there is no such checkpoint, or going back to it has not helped before.
+    """
+    checkpoints.wait()
+    checkpoint = checkpoints.last_before(first_skipped)
+    advice = (
+        "lower training.learning_rate or look at the data (minigpt-mix explain --run); training.max_skips=null goes on"
+    )
+    if checkpoint is None:
+        raise UserError(
+            f"too many steps are skipped from step {first_skipped:,} on, and no checkpoint is older: {advice}"
+        )
+    before = RunState.read(checkpoint)
+    kept = [rollback for rollback in now.rollbacks if rollback["step"] <= before.step]
+    here = [rollback["next_sample"] for rollback in kept if rollback["step"] == before.step]
+    if len(here) == LIMIT:
+        raise UserError(f"the run went back to {checkpoint} {LIMIT} times and steps are skipped again: {advice}")
+    first = max([before.next_sample, *here])
+    kept.append({"step": before.step, "first_sample": first, "next_sample": now.next_sample})
+    checkpoints.load(checkpoint, model, optimizer)
+    run.write_json("rollbacks.json", kept)
+    run.say(
+        f"too many steps were skipped from step {first_skipped:,} on: back to {checkpoint}, without the samples "
+        f"{first:,} to {now.next_sample - 1:,} (rollback {len(here) + 1} of at most {LIMIT} to this checkpoint)"
+    )
+    return dataclasses.replace(before, next_sample=now.next_sample, rollbacks=kept)
+
+
+def with_rollbacks(state: RunState, run: Path) -> RunState:
+    """The state of a checkpoint, with what was skipped behind it after it was written."""
+    path = run / "rollbacks.json"
+    kept = [one for one in json.loads(path.read_text()) if one["step"] <= state.step] if path.exists() else []
+    if not kept:
+        return state
+    return dataclasses.replace(state, next_sample=max(state.next_sample, kept[-1]["next_sample"]), rollbacks=kept)
