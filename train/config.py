@@ -212,6 +212,15 @@ class ExperimentConfig(Settings):
             raise ValueError(f"checkpointing.save_optimizer_every {every} is no multiple of save_steps {steps}")
         return self
 
+    @model_validator(mode="after")
+    def _check_stage(self) -> ExperimentConfig:
+        if self.experiment.stage == "midtrain" and self.model.from_pretrained is None:
+            raise ValueError(
+                "experiment.stage midtrain starts from trained weights: give model.from_pretrained (a run folder, one of "
+                "its checkpoints or a Hugging Face folder)"
+            )
+        return self
+
     @property
     def strategy(self) -> Literal["ddp", "fsdp", "hsdp"]:
         """`parallel.strategy`, or else what `training.use_ddp` says."""
