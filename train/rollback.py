@@ -36,12 +36,10 @@ def roll_back(
     checkpoints.wait()
     checkpoint = checkpoints.last_before(first_skipped)
     advice = (
-        "lower training.learning_rate or look at the data (minigpt-mix explain --run); training.max_skips=null goes on"
+        "look at the data (minigpt-mix explain --run), lower training.learning_rate, or set training.max_skips=null"
     )
     if checkpoint is None:
-        raise UserError(
-            f"too many steps are skipped from step {first_skipped:,} on, and no checkpoint is older: {advice}"
-        )
+        raise UserError(f"steps are skipped from step {first_skipped:,} on, and no checkpoint is older: {advice}")
     before = RunState.read(checkpoint)
     kept = [rollback for rollback in now.rollbacks if rollback["step"] <= before.step]
     here = [rollback["next_sample"] for rollback in kept if rollback["step"] == before.step]
@@ -52,7 +50,7 @@ def roll_back(
     checkpoints.load(checkpoint, model, optimizer)
     run.write_json("rollbacks.json", kept)
     run.say(
-        f"too many steps were skipped from step {first_skipped:,} on: back to {checkpoint}, without the samples "
+        f"steps were skipped from step {first_skipped:,} on: back to {checkpoint}, without the samples "
         f"{first:,} to {now.next_sample - 1:,} (rollback {len(here) + 1} of at most {LIMIT} to this checkpoint)"
     )
     return dataclasses.replace(before, next_sample=now.next_sample, rollbacks=kept)
