@@ -172,10 +172,12 @@ def run(config: Path, *overrides: str, ranks: int = 0, **options: Any) -> str:
 
 
 def rows(run_folder: Path, *, timed: bool = False) -> list[dict[str, Any]]:
-    """Rows of `metrics.jsonl`, without the speed, which differs from run to run, unless `timed`."""
+    """Rows of `metrics.jsonl`, without what was measured, which differs from run to run, unless `timed`."""
+    from train.speed import MEASURED
+
     lines = (run_folder / "metrics.jsonl").read_text().splitlines()
     found = [json.loads(line) for line in lines]
-    return found if timed else [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in found]
+    return found if timed else [{k: v for k, v in row.items() if k not in MEASURED} for row in found]
 
 
 def losses(run_folder: Path) -> list[float]:

@@ -2,54 +2,81 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import math
-import os
-import time
 import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import orjson
+import torch
 
 from shards.files import write_atomic
+from train.append import AppendOnly
 from train.config import ExperimentConfig
 
 
-class MetricsLog:
-    """Appends rows to `metrics.jsonl` in the run folder and mirrors their numbers. Used by the first rank only."""
+@dataclass(frozen=True)
+class Mirror:
+    """Somewhere else that the numbers of each row go to."""
 
-    def __init__(self, run: Path, config: ExperimentConfig, resume_step: int) -> None:
+    name: str
+    log: Callable[[dict[str, float], int], None]  # values by name, step
+    close: Callable[[], None]
+
+
+class MetricsLog:
+    """Appends rows to `metrics.jsonl` in the run folder and mirrors their numbers. Used by the first rank only.
+
+    Once open it never ends a run: rows wait in memory while the disk is full, and a mirror that fails is given up.
+    """
+
+    def __init__(self, run: Path, config: ExperimentConfig, resume_step: int, say: Callable[[str], None]) -> None:
         """Open the log, cut back to the checkpoint's step; without a checkpoint (step 0) it starts empty."""
-        self.path = run / "metrics.jsonl"
-        kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step] if resume_step else []
-        write_atomic(self.path, b"".join(orjson.dumps(row) + b"\n" for row in kept))
-        self._file = self.path.open("ab")
-        self._tensorboard = _open_tensorboard(run, config, resume_step) if config.logging.use_tensorboard else None
-        self._wandb = _open_wandb(run, config, resume_step) if config.logging.use_wandb else None
+        path = run / "metrics.jsonl"
+        kept = [row for row in read_metrics(path) if row["step"] <= resume_step] if resume_step else []
+        write_atomic(path, b"".join(orjson.dumps(row) + b"\n" for row in kept))
+        self._rows = AppendOnly(path, say)
+        self._say = say
+        self._mirrors: list[Mirror] = []
+        openers = {
+            "TensorBoard": _open_tensorboard if config.logging.use_tensorboard else None,
+            "W&B": _open_wandb if config.logging.use_wandb else None,
+        }
+        for name, opener in openers.items():
+            if opener is not None:
+                with self._no_error_of(name):
+                    self._mirrors.append(opener(run, config, resume_step))
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row, which has a `step`."""
-        self._file.write(orjson.dumps(row) + b"\n")  # NaN, which JSON does not have, becomes null
-        self._file.flush()
+        self._rows.write(orjson.dumps(row) + b"\n")  # NaN, which JSON does not have, becomes null
         values = {key: value for key, value in flatten(row).items() if key != "step"}
-        if self._tensorboard is not None:
-            for key, value in values.items():
-                self._tensorboard.add_scalar(key, value, row["step"])
-        if self._wandb is not None:
-            self._wandb.log(values, step=row["step"])
+        for mirror in list(self._mirrors):
+            with self._no_error_of(mirror.name):
+                mirror.log(values, row["step"])
 
     def sync(self) -> None:
         """Make all rows durable; a checkpoint does this before it is published."""
-        os.fsync(self._file.fileno())
+        self._rows.sync()
 
     def close(self) -> None:
         """Close the log and its mirrors."""
-        self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        self._rows.close()
+        for mirror in list(self._mirrors):
+            with self._no_error_of(mirror.name):
+                mirror.close()
+
+    @contextlib.contextmanager
+    def _no_error_of(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever the library raises: a mirror is not worth a run
+            self._mirrors = [mirror for mirror in self._mirrors if mirror.name != name]
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            self._say(f"{name} is off from here on, metrics.jsonl has everything ({reason})")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -76,59 +103,50 @@ def flatten(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def numbers(values: dict[str, Any]) -> dict[str, Any]:
-    """The same nested values with every tensor [] fetched from its device."""
-    return {key: numbers(value) if isinstance(value, dict) else value.item() for key, value in values.items()}
+    """The same nested values with every tensor [] fetched from its device, all in one transfer."""
+    tensors = list(_tensors(values))
+    fetched = iter(torch.stack([tensor.detach().double() for tensor in tensors]).tolist() if tensors else [])
+
+    def filled(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: filled(inner) for key, inner in value.items()}
+        if not isinstance(value, torch.Tensor):
+            return value
+        number = next(fetched)
+        return number if value.is_floating_point() else int(number)
+
+    return filled(values)
 
 
-def duration(seconds: float) -> str:
-    """`45s`, `3m05s`, `2h07m` or `4d02h`."""
-    if not math.isfinite(seconds):
-        return "?"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days}d{hours:02d}h"
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+def _tensors(values: dict[str, Any]) -> Iterator[torch.Tensor]:
+    for value in values.values():
+        if isinstance(value, dict):
+            yield from _tensors(value)
+        elif isinstance(value, torch.Tensor):
+            yield value
 
 
-class Speed:
-    """Tokens per second since the last row, and the time that is left."""
-
-    def __init__(self, step: int, total_steps: int, tokens_per_step: int) -> None:
-        self._step, self._total, self._tokens = step, total_steps, tokens_per_step
-        self._time = time.perf_counter()
-
-    def pause(self, seconds: float) -> None:
-        """Leave out time that was not spent on training (validation, saving)."""
-        self._time += seconds
-
-    def measure(self, step: int) -> tuple[float, str]:
-        """Tokens per second over the steps since the last call, and the remaining time as text."""
-        now = time.perf_counter()
-        seconds = max(now - self._time, 1e-9)
-        rate = (step - self._step) * self._tokens / seconds
-        self._step, self._time = step, now
-        return rate, duration((self._total - step) * self._tokens / rate)
-
-
-def _open_tensorboard(run: Path, config: ExperimentConfig, resume_step: int) -> Any:
+def _open_tensorboard(run: Path, config: ExperimentConfig, resume_step: int) -> Mirror:
     from torch.utils.tensorboard import SummaryWriter
 
     directory = Path(config.logging.tensorboard_dir or run / "tensorboard")
-    return SummaryWriter(str(directory), purge_step=resume_step + 1 if resume_step else 0)
+    writer = SummaryWriter(str(directory), purge_step=resume_step + 1 if resume_step else 0)
+
+    def log(values: dict[str, float], step: int) -> None:
+        for key, value in values.items():
+            writer.add_scalar(key, value, step)
+
+    return Mirror("TensorBoard", log, writer.close)
 
 
-def _open_wandb(run: Path, config: ExperimentConfig, resume_step: int) -> Any:
+def _open_wandb(run: Path, config: ExperimentConfig, resume_step: int) -> Mirror:
     import wandb
 
     id_file = run / "wandb_id"  # a run that goes on is the same run there; one that starts anew is another
     if not (resume_step and id_file.exists()):
         write_atomic(id_file, uuid.uuid4().hex[:12])
-
-    return wandb.init(
+    wandb_run = wandb.init(
+        mode=config.logging.wandb_mode,
         project=config.logging.wandb_project,
         entity=config.logging.wandb_entity,
         name=config.logging.wandb_run_name or config.experiment.name,
@@ -138,3 +156,4 @@ def _open_wandb(run: Path, config: ExperimentConfig, resume_step: int) -> Any:
         tags=config.experiment.tags,
         config=config.model_dump(mode="json"),
     )
+    return Mirror("W&B", lambda values, step: wandb_run.log(values, step=step), wandb_run.finish)

@@ -36,7 +36,7 @@ class Setup:
         accumulation: micro-batches per step on each rank.
         world_size: data ranks that the global batch is meant for, not necessarily those present.
         parameters: of the whole model, whatever part of it this rank will have.
-        flops_per_token: of the whole model, see `train.flops`.
+        flops_per_token, flops_per_token_full: of the whole model, see `train.flops`.
         ending: what ends the run, in words.
         checkpoint: the checkpoint to resume from.
     """
@@ -54,6 +54,7 @@ class Setup:
     checkpoint: Path | None
     parameters: int
     flops_per_token: int
+    flops_per_token_full: int
 
     @property
     def ranks(self) -> Ranks:
@@ -214,6 +215,7 @@ def prepare(config: ExperimentConfig, ranks: Ranks) -> Setup:
         checkpoint,
         parameters=model.get_num_params(),
         flops_per_token=flops_per_token(model, seq_len),
+        flops_per_token_full=flops_per_token(model, seq_len, full_attention=True),
     )
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,8 @@ from train.config import ExperimentConfig, load_experiment
 from train.distributed import Ranks, start_ranks
 from train.evaluate import Validation
 from train.experts import ExpertBalance
-from train.metrics import MetricsLog, Speed, numbers, read_metrics
+from train.hardware import peak_flops
+from train.metrics import MetricsLog, numbers, read_metrics
 from train.models import BaseModelForCausalLM
 from train.optim import create_optimizer
 from train.parallel import parallelize
@@ -36,6 +36,7 @@ from train.prepare import Setup, prepare
 from train.run_folder import RunFolder
 from train.schedule import learning_rate
 from train.signals import StopRequest, exit_status
+from train.speed import MEASURED, Speed
 
 
 def pretrain(config: ExperimentConfig, ranks: Ranks) -> int:
@@ -73,33 +74,42 @@ def pretrain(config: ExperimentConfig, ranks: Ranks) -> int:
         prefetch_factor=config.data.prefetch_factor,
         pin_memory=config.data.pin_memory and ranks.device.type == "cuda",
     )
-    log = MetricsLog(run.path, config, setup.past_steps(state)) if ranks.is_first else None
-    speed = Speed(state.step, total_steps, setup.global_batch * plan.seq_len)
+    log = MetricsLog(run.path, config, setup.past_steps(state), run.say) if ranks.is_first else None
+    peak = config.logging.peak_tflops
+    speed = Speed(
+        state.step,
+        total_steps,
+        setup.global_batch * plan.seq_len,
+        flops_per_token=setup.flops_per_token,
+        flops_per_token_full=setup.flops_per_token_full,
+        peak=peak_flops(ranks.device) if peak is None else peak * 1e12,
+        devices=ranks.world_size,
+        device=ranks.device,
+    )
     experts = ExpertBalance(model, layout)
     skipped = torch.tensor(float(state.skipped_steps), device=ranks.device)
     reported = state.skipped_steps
 
     def write(row: dict[str, Any]) -> None:
         if log is not None:
-            log.write({"step": step, "tokens": step * setup.global_batch * plan.seq_len, **row})
+            with speed.waiting("log"):
+                log.write({"step": step, "tokens": step * setup.global_batch * plan.seq_len, **row})
 
     def evaluate() -> None:
         if not validation.sets:
             return
-        start = time.perf_counter()
-        metrics = validation.run(passes)
+        with speed.waiting("evaluate"):
+            metrics = validation.run(passes)
         write(metrics)
         values = "  ".join(f"{key} {value:.4f}" for key, value in metrics.items() if key != "val")
         run.say(f"step {step:>6}  {values}")
-        speed.pause(time.perf_counter() - start)
 
     def save() -> None:
-        start = time.perf_counter()
-        if log is not None:
-            log.sync()
-        state = setup.state_at(step, loader.next_sample, int(skipped.item()))
-        setup.checkpoints.save(state, model, optimizer, wait=last or bool(stopping))
-        speed.pause(time.perf_counter() - start)
+        with speed.waiting("save"):
+            if log is not None:
+                log.sync()
+            state = setup.state_at(step, loader.next_sample, int(skipped.item()))
+            setup.checkpoints.save(state, model, optimizer, wait=last or bool(stopping))
 
     step = state.step
     if step == 0:
@@ -108,7 +118,8 @@ def pretrain(config: ExperimentConfig, ranks: Ranks) -> int:
     while step < total_steps:
         step += 1
         rate = learning_rate(step, config.training, total_steps)
-        batches = next(loader)
+        with speed.waiting("data"):
+            batches = next(loader)
         # One exchange between the hosts per step: the tokens that the loss is divided by, and whether to stop.
         valid = sum(int((batch.labels != -100).sum()) for batch in batches) if layout.counts else 0
         tokens, stopping, requeue = ranks.sum_on_host([valid, stop.requested, stop.requeue])
@@ -124,17 +135,12 @@ def pretrain(config: ExperimentConfig, ranks: Ranks) -> int:
         last = step == total_steps
         if step % config.logging.log_steps == 0 or last:
             ranks.sum_(loss)
-            tokens_per_second, left = speed.measure(step)
-            row = {"loss": loss.item(), "lr": rate, "grad_norm": norm.item(), "tokens_per_second": tokens_per_second}
-            row |= numbers(balance)
+            row = numbers({"loss": loss, "lr": rate, "grad_norm": norm, **balance}) | speed.measure(step)
             write({"next_sample": loader.next_sample, **row, "skipped_steps": int(skipped.item())})
             if skipped.item() > reported:
                 reported = int(skipped.item())
                 run.say(f"{reported} step(s) so far were skipped: a gradient was not finite")
-            run.say(
-                f"step {step:>6}/{total_steps}  loss {loss.item():.4f}  lr {rate:.2e}  grad {norm.item():.2f}  "
-                f"{tokens_per_second:,.0f} tok/s  ETA {left}"
-            )
+            run.say(f"{speed.status(step, row['loss'])}  lr {rate:.2e}  grad {row['grad_norm']:.2f}")
         if last or (config.logging.eval_steps and step % config.logging.eval_steps == 0):
             evaluate()
         if last or stopping or step % config.checkpointing.save_steps == 0:
@@ -161,7 +167,7 @@ def finish(run: RunFolder, setup: Setup) -> None:
     rows = read_metrics(run.path / "metrics.jsonl")
     values: dict[str, Any] = {}
     for row in rows:
-        values |= {key: value for key, value in row.items() if key not in ("tokens_per_second", "next_sample")}
+        values |= {key: value for key, value in row.items() if key not in (*MEASURED, "next_sample")}
     initial = {f"initial_{k}": v for row in rows[:1] for k, v in row.items() if k in ("val_loss", "val_bpb")}
     run.write_json("results.json", {**values, **initial, "weights_sha256": weights_sha256(checkpoint)})
     plot_losses(rows, run.path / "loss.png", setup.config.experiment.name)
