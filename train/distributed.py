@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from shards.errors import UserError
+
+START_TIMEOUT = timedelta(hours=1)  # of an exchange until the first step is over: ranks load and compile unevenly
+STEP_TIMEOUT = timedelta(minutes=10)  # then: a dead network or rank ends the run, and torchrun starts it again
+GARBAGE_STEPS = 100  # between two collections of garbage
 
 
 @dataclass(frozen=True)
@@ -55,8 +63,11 @@ class Ranks:
         self.sum_on_host([0])
 
 
-def start_ranks(backend: str | None) -> Ranks:
+def start_ranks(backend: str | None, run_path: Path | None = None) -> Ranks:
     """Join the process group that torchrun describes; alone without it.
+
+    With NCCL, every rank records its last exchanges and writes them to `RUN/logs/flight/` when one times out
+    (`torchfrtrace --prefix rank- RUN/logs/flight` reads them).
 
     Raises:
         UserError: the backend asked for does not fit this machine.
@@ -76,9 +87,63 @@ def start_ranks(backend: str | None) -> Ranks:
     if "RANK" not in os.environ:
         return Ranks(0, 1, device, None)
     backend = backend or ("nccl" if cuda else "gloo")
-    dist.init_process_group(backend, device_id=device if backend == "nccl" else None)
-    host_group = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
+    if backend == "nccl" and run_path is not None:
+        _record_exchanges(run_path / "logs" / "flight")
+    dist.init_process_group(backend, timeout=START_TIMEOUT, device_id=device if backend == "nccl" else None)
+    host_group = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=START_TIMEOUT)
     return Ranks(dist.get_rank(), dist.get_world_size(), device, host_group)
+
+
+def shorten_timeouts(timeout: timedelta = STEP_TIMEOUT) -> None:
+    """Let exchanges of every group that there is fail after `timeout`: to be called once the first step is over."""
+    for group in process_groups():
+        _set_pg_timeout(timeout, group)
+
+
+def process_groups() -> list[dist.ProcessGroup]:
+    """All groups that this rank belongs to; none in a run of one."""
+    return list(dist.distributed_c10d._world.pg_map)
+
+
+def _record_exchanges(folder: Path) -> None:
+    """Turn PyTorch's flight recorder on, where the environment does not say otherwise.
+
+    The names are those of torch 2.11 to 2.13 (FlightRecorder.hpp, ProcessGroupNCCL.hpp), the second of a pair an
+    older one that is still read. The folder may be made later: it is needed at the time of a dump.
+    """
+    settings = {
+        ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"): "2000",  # exchanges
+        ("TORCH_NCCL_DUMP_ON_TIMEOUT",): "1",
+        ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"): str(folder.absolute() / "rank-"),  # + rank
+    }
+    for names, value in settings.items():
+        if not any(name in os.environ for name in names):
+            os.environ[names[0]] = value
+
+
+def freeze_garbage_collector() -> None:
+    """From here on Python looks for cyclic garbage only in `collect_garbage`: to be called after the first step.
+
+    By itself it does so at any moment on any rank, through all objects that torch, the model and the compiler made:
+    about 500 ms, for which the other ranks wait (nanochat, base_train.py). What lives now, lives as long as the run
+    and is not looked at again, which makes every later collection a matter of microseconds.
+    """
+    gc.unfreeze()  # what an earlier run of this process froze
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+
+
+def collect_garbage(step: int) -> None:
+    """Collect cyclic garbage every `GARBAGE_STEPS` steps, on all ranks at the same step; after the freezing above."""
+    if step % GARBAGE_STEPS == 0:
+        gc.collect()
+
+
+def thaw_garbage_collector() -> None:
+    """Undo `freeze_garbage_collector`, at the end of the run."""
+    gc.unfreeze()
+    gc.enable()
 
 
 def keep_freed_memory() -> None:
