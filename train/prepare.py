@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,21 @@ from tokenizers import Tokenizer
 
 from shards.describe import summarize
 from shards.errors import UserError
+from shards.loader import WindowLoader
 from shards.mixture import MixtureConfig, MixturePlan, load_mixture
 from shards.settings import validate
 from train.checkpoint import Checkpoints
 from train.config import ExperimentConfig
 from train.distributed import Ranks
 from train.flops import flops_per_token
+from train.hardware import peak_flops
 from train.layout import Layout, make_layout
 from train.models import BaseModelConfig, BaseModelForCausalLM, ModelRegistry
 from train.optim import Optimizer
+from train.rollback import ROLLBACKS, with_rollbacks
 from train.run_folder import RunFolder
 from train.run_state import RunState, differences
+from train.speed import Speed
 from train.start_weights import load_start_weights, start_config, start_folder, start_tokenizer
 
 
@@ -84,7 +89,9 @@ class Setup:
             "data": {"document_mask": self.config.data.document_mask},
         }
 
-    def state_at(self, step: int, next_sample: int, skipped_steps: int = 0) -> RunState:
+    def state_at(
+        self, step: int, next_sample: int, skipped_steps: int = 0, rollbacks: Sequence[dict[str, int]] = ()
+    ) -> RunState:
         """The run's state after `step` updates."""
         resume_from = self.config.checkpointing.resume_from_checkpoint
         return RunState(
@@ -96,6 +103,7 @@ class Setup:
             identity=self.identity(),
             world_size=self.world_size,
             skipped_steps=skipped_steps,
+            rollbacks=list(rollbacks),
             origin=None if resume_from in (None, "auto", "never") else resume_from,
         )
 
@@ -114,17 +122,53 @@ class Setup:
                     f"{self.checkpoint} stands at step {state.step:,}, but {self.ending}; raise that, or start anew"
                 )
             self.checkpoints.load(self.checkpoint, model, optimizer)
+            if self.past_steps(state):
+                state = with_rollbacks(state, run.path)
         elif self.config.model.from_pretrained is not None:
             load_start_weights(model, self.config.model.from_pretrained)
-        if not self.ranks.agree(state.step):
+        if not self.ranks.agree(state.step) or not self.ranks.agree(state.next_sample):
             raise UserError(
                 f"{self.checkpoints.folder}: the ranks see different checkpoints; do they all share this file system?"
             )
         if self.ranks.is_first and (aside := self.checkpoints.set_aside(self.past_steps(state))):
             run.say(f"checkpoints that this run does not go on from, and a copy of the metrics, are now in {aside}")
         self._describe(run, state)
-        run.write_start(self.config, self.plan, self.parameters, self.global_batch)
+        if state.rollbacks or (run.path / ROLLBACKS).exists():
+            run.write_json(ROLLBACKS, state.rollbacks)
+        run.write_start(self.config, self.plan, self.parameters, self.global_batch, str(self.layout))
         return state
+
+    def loader(self, state: RunState) -> WindowLoader:
+        """This rank's micro-batches from a state on."""
+        config, total = self.config, self.plan.total_samples
+        left_out = sum(rollback["next_sample"] - rollback["first_sample"] for rollback in state.rollbacks)
+        return WindowLoader(
+            self.plan,
+            batch_size=config.training.batch_size,
+            accumulation=self.accumulation,
+            rank=self.layout.data_rank,
+            world_size=self.layout.data_size,
+            next_sample=state.next_sample,
+            stop_sample=None if total is None else total + left_out,
+            document_mask=config.data.document_mask,
+            num_workers=config.data.num_workers,
+            prefetch_factor=config.data.prefetch_factor,
+            pin_memory=config.data.pin_memory and self.ranks.device.type == "cuda",
+        )
+
+    def speed(self, step: int) -> Speed:
+        """A clock for the steps behind `step`."""
+        peak = self.config.logging.peak_tflops
+        return Speed(
+            step,
+            self.total_steps,
+            self.global_batch * self.plan.seq_len,
+            flops_per_token=self.flops_per_token,
+            flops_per_token_full=self.flops_per_token_full,
+            peak=peak_flops(self.ranks.device) if peak is None else peak * 1e12,
+            devices=self.ranks.world_size,
+            device=self.ranks.device,
+        )
 
     def past_steps(self, state: RunState) -> int:
         """Steps that this folder has the past of: none where the checkpoint is another run's."""

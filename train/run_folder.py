@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -17,8 +19,11 @@ import yaml
 
 from shards.files import lock_folder, write_atomic
 from shards.mixture import MixturePlan
+from train.append import AppendOnly
 from train.config import ExperimentConfig
 from train.distributed import Ranks
+
+CLEAR = "\r\x1b[K"  # ECMA-48: carriage return, erase in line
 
 
 class RunFolder:
@@ -30,39 +35,55 @@ class RunFolder:
         if ranks.is_first:
             (path / "logs").mkdir(parents=True, exist_ok=True)
             self._lock = lock_folder(path)
+            self._log = AppendOnly(path / "logs" / "train.log", self._print)
+        self._on_terminal = ranks.is_first and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 
     def say(self, message: str) -> None:
-        """Print a line and keep it in `logs/train.log`."""
-        if not self._ranks.is_first:
-            return
-        try:
-            print(message, flush=True)
-        except BrokenPipeError:  # whoever read the output has gone; that does not end a run
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        with (self.path / "logs" / "train.log").open("a", encoding="utf-8") as log:
-            log.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {message}\n")
+        """Print a line and keep it in `logs/train.log`. A full disk or a reader that has gone does not end a run."""
+        if self._ranks.is_first:
+            self._print(message)
+            self._log.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {message}\n".encode())
+
+    def status(self, text: str) -> None:
+        """Show a line on the terminal, if there is one, until the next takes its place."""
+        if self._on_terminal:
+            _write_out(CLEAR + text[: shutil.get_terminal_size().columns - 1])
+
+    def _print(self, message: str) -> None:
+        _write_out(f"{CLEAR if self._on_terminal else ''}{message}\n")
 
     def previous_config(self) -> dict[str, Any] | None:
         """The configuration of the last start, if there was one."""
         path = self.path / "config.yaml"
         return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
 
-    def write_start(self, config: ExperimentConfig, plan: MixturePlan, parameters: int, global_batch: int) -> None:
+    def write_start(
+        self, config: ExperimentConfig, plan: MixturePlan, parameters: int, global_batch: int, layout: str
+    ) -> None:
         """Write `config.yaml` (resolved), `manifest.json` (what the run is made of) and the data's `tokenizer.json`."""
         if not self._ranks.is_first:
             return
         write_atomic(self.path / "config.yaml", config.to_yaml())
         write_atomic(self.path / "tokenizer.json", plan.sources[0].dataset.tokenizer_json())
-        self.write_json("manifest.json", _manifest(config, plan, parameters, global_batch, self._ranks))
+        self.write_json("manifest.json", _manifest(config, plan, parameters, global_batch, layout, self._ranks))
 
-    def write_json(self, name: str, content: dict[str, Any]) -> None:
+    def write_json(self, name: str, content: dict[str, Any] | list[Any]) -> None:
         """Write a JSON file of the folder, whole or not at all."""
         if self._ranks.is_first:
             write_atomic(self.path / name, json.dumps(content, indent=1) + "\n")
 
 
+def _write_out(text: str) -> None:
+    try:
+        print(text, end="", flush=True)
+    except OSError as error:
+        if error.errno in (errno.EPIPE, errno.EIO):  # a pipe's reader or the terminal has gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # A full disk behind a redirection: the text waits in the buffer of stdout.
+
+
 def _manifest(
-    config: ExperimentConfig, plan: MixturePlan, parameters: int, global_batch: int, ranks: Ranks
+    config: ExperimentConfig, plan: MixturePlan, parameters: int, global_batch: int, layout: str, ranks: Ranks
 ) -> dict[str, Any]:
     packages = ["torch", "numpy", "numba", "pyarrow", "tokenizers", "pydantic"]
     return {
@@ -88,6 +109,7 @@ def _manifest(
         "hardware": {
             "machine": platform.platform(),
             "world_size": ranks.world_size,
+            "layout": layout,
             "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
         },
