@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shards.errors import UserError, run_command
+from shards.errors import UserError, run_command, unknown_name
 
 if TYPE_CHECKING:
     from shards.mixture import MixturePlan
@@ -36,6 +36,18 @@ Tokens = Annotated[
     typer.Option(help="Tokens of the run, instead of the file's total_tokens (fractions in phases refer to it)."),
 ]
 Split = Annotated[str, typer.Option(help="'train', or 'val' for the validation parts.")]
+OptionalMixture = Annotated[
+    Path | None,
+    typer.Argument(metavar="[MIX.yaml]", help="The mixture file, if not --run.", show_default=False),
+]
+OptionalSeqLen = Annotated[
+    int | None, typer.Option(help="Tokens per window, as in training (data.max_seq_length); a run knows its own.")
+]
+RunFolder = Annotated[
+    Path | None,
+    typer.Option("--run", metavar="DIR", help="A run folder: the samples of its steps."),
+]
+OnlySource = Annotated[str | None, typer.Option("--source", metavar="NAME", help="Only windows of this source.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 
 
@@ -91,11 +103,13 @@ def inspect(
 
 @app.command()
 def explain(
-    mixture: Mixture,
-    seq_len: SeqLen,
+    mixture: OptionalMixture = None,
+    seq_len: OptionalSeqLen = None,
     sample: Sample = None,
     step: Step = None,
     batch_size: BatchSize = None,
+    run: RunFolder = None,
+    source: OnlySource = None,
     tokens: Tokens = None,
     split: Split = "train",
     as_json: AsJson = False,
@@ -104,17 +118,20 @@ def explain(
 
     **Examples**
 
+        minigpt-mix explain --run experiments/demo --step 1000
+
         minigpt-mix explain mixture.yaml --seq-len 2048 --sample 123_456
 
         minigpt-mix explain mixture.yaml --seq-len 2048 --step 1000 --batch-size 512 --json
 
-    The loss jumped at step 1000? These are its documents; `minigpt-mix show` prints their text. Where a run changed
-    its batch size or skipped samples, take `next_sample` from the row before in metrics.jsonl and use --sample.
+    The loss jumped at step 1000? These are its documents; `minigpt-mix show` prints their text. With --run all else is
+    read from the run folder: mixture, length, batch size, and the samples that a rollback skipped. Data that have
+    changed since the run are refused.
     """
     from shards.describe import explain as explain_samples
 
-    plan = _plan(mixture, seq_len, tokens, split)
-    windows = explain_samples(plan, _samples(sample, step, batch_size))
+    plan, samples = _select(mixture, run, seq_len, sample, step, batch_size, tokens, split)
+    windows = _of_source(explain_samples(plan, samples), plan, source)
     if as_json:
         _print_json(windows)
         return
@@ -126,11 +143,13 @@ def explain(
 
 @app.command()
 def show(
-    mixture: Mixture,
-    seq_len: SeqLen,
+    mixture: OptionalMixture = None,
+    seq_len: OptionalSeqLen = None,
     sample: Sample = None,
     step: Step = None,
     batch_size: BatchSize = None,
+    run: RunFolder = None,
+    source: OnlySource = None,
     tokens: Tokens = None,
     split: Split = "train",
 ) -> None:
@@ -140,19 +159,18 @@ def show(
 
         minigpt-mix show mixture.yaml --seq-len 2048 --sample 0
 
-        minigpt-mix show mixture.yaml --seq-len 2048 --step 1000 --batch-size 512 | less
+        minigpt-mix show --run experiments/demo --step 1000 | less
     """
     from shards.describe import decode
     from shards.describe import explain as explain_samples
 
-    plan = _plan(mixture, seq_len, tokens, split)
-    samples = _samples(sample, step, batch_size)
+    plan, samples = _select(mixture, run, seq_len, sample, step, batch_size, tokens, split)
     for number in samples:  # one at a time: output starts at once
-        (window,) = explain_samples(plan, range(number, number + 1))
-        print(f"══ {_heading(window)}")
-        for document, text in zip(window["documents"], decode(plan, window), strict=True):
-            print(f"── {_document_line(document)}")
-            print(text)
+        for window in _of_source(explain_samples(plan, range(number, number + 1)), plan, source):
+            print(f"══ {_heading(window)}")
+            for document, text in zip(window["documents"], decode(plan, window), strict=True):
+                print(f"── {_document_line(document)}")
+                print(text)
 
 
 @app.command()
@@ -205,6 +223,42 @@ def _plan(
             raise UserError(f"--tokens: {tokens} is not a length")
         config = config.model_copy(update={"total_tokens": tokens})
     return MixturePlan.build(config, seq_len, split=split, without_data=without_data)
+
+
+def _select(
+    mixture: Path | None,
+    run: Path | None,
+    seq_len: int | None,
+    sample: int | None,
+    step: int | None,
+    batch_size: int | None,
+    tokens: int | None,
+    split: str,
+) -> tuple[MixturePlan, range]:
+    """The plan of a mixture file or of a run, and the samples that are asked for."""
+    if run is None:
+        if mixture is None or seq_len is None:
+            raise UserError("give MIX.yaml and --seq-len L, or --run DIR")
+        return _plan(mixture, seq_len, tokens, split), _samples(sample, step, batch_size)
+    if mixture is not None or (seq_len, batch_size, tokens, split) != (None, None, None, "train"):
+        raise UserError(
+            f"--run {run}: the run has its own mixture, lengths and batch size; give only --step or --sample"
+        )
+    from shards.runs import Run
+
+    opened = Run.open(run)
+    if step is not None and sample is None:
+        return opened.plan, opened.step(step)
+    samples = _samples(sample, step, None)
+    opened.check(samples.stop)
+    return opened.plan, samples
+
+
+def _of_source(windows: list[dict[str, Any]], plan: MixturePlan, source: str | None) -> list[dict[str, Any]]:
+    names = [known.name for known in plan.sources]
+    if source is not None and source not in names:
+        raise UserError(f"--source: {unknown_name('source', source, names)}")
+    return [window for window in windows if source in (None, window["source"])]
 
 
 def _samples(sample: int | None, step: int | None, batch_size: int | None) -> range:
