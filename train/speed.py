@@ -106,11 +106,16 @@ class Speed:
         self._begin(step, time.perf_counter())
 
     def status(self, step: int, loss: float | None) -> str:
-        """Where the run stands, in a line: `loss` and the rate are of the last row. Asks the device nothing."""
+        """Where the run stands, in a line, as far as it is known: `loss` and the speed are those of the last row.
+
+        Asks the device nothing.
+        """
         parts = [f"step {step:>6}/{self._total_steps}"]
         if loss is not None:
-            left = (self._total_steps - step) * self._tokens / self._rate if self._rate else math.inf
-            parts += [f"loss {loss:.4f}", f"{self._rate:,.0f} tok/s", f"ETA {duration(left)}"]
+            parts.append(f"loss {loss:.4f}")
+        if self._rate > 0:
+            left = (self._total_steps - step) * self._tokens / self._rate
+            parts += [f"{self._rate:,.0f} tok/s", f"ETA {duration(left)}"]
         return "  ".join(parts)
 
     def account(self) -> str:
