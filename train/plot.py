@@ -22,7 +22,9 @@ def plot_losses(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     names = sorted({*sources, *_names(rows, "val")})
     colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
     for name in sources if len(sources) > 1 else []:
-        axes.plot(*_points(rows, "sources", name), color=colours[name], linewidth=0.6, alpha=0.8, label=name)
+        axes.plot(
+            *_points(rows, "sources", name), color=colours[name], linewidth=0.6, alpha=0.8, label=f"training: {name}"
+        )
     axes.plot(*_points(rows, "loss"), color="#4477aa", linewidth=1.2, label="training")
     for name in _names(rows, "val"):
         label = f"validation: {name}"
@@ -39,10 +41,13 @@ def _names(rows: list[dict[str, Any]], key: str) -> list[str]:
     return sorted({name for row in rows for name in row.get(key, ())})
 
 
-def _points(rows: list[dict[str, Any]], key: str, name: str | None = None) -> tuple[list[float], list[float | None]]:
-    """Tokens and losses of the rows that have one: `row["loss"]`, or `row[key][name]["loss"]`."""
+def _points(rows: list[dict[str, Any]], key: str, name: str | None = None) -> tuple[list[float], list[float]]:
+    """Tokens and losses of the rows that have one: `row["loss"]`, or `row[key][name]["loss"]`.
+
+    A source that a row had no token of has a null there; a rare one would otherwise fall apart into invisible dots.
+    """
     if name is None:
         found = [(row["tokens"], row[key]) for row in rows if key in row]
     else:
         found = [(row["tokens"], row[key][name].get("loss")) for row in rows if name in row.get(key, ())]
-    return [tokens for tokens, _ in found], [loss for _, loss in found]
+    return [tokens for tokens, loss in found if loss is not None], [loss for _, loss in found if loss is not None]
