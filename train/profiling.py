@@ -30,6 +30,9 @@ class Profiler:
         self._recorded: list[int] = []
         self._mark: record_function | None = None  # the current step, as the trace shows it
 
+    def __enter__(self) -> Profiler:
+        return self
+
     def step(self, number: int) -> None:
         """A step begins, and so the one before is over."""
         if self._steps is None:
@@ -44,7 +47,7 @@ class Profiler:
         self._mark = record_function(f"step {number}")
         self._mark.__enter__()
 
-    def close(self) -> None:
+    def __exit__(self, *error: object) -> None:
         """The run is over, perhaps before the last step of the profile."""
         self._end_mark()
         self._finish()
