@@ -7,7 +7,8 @@ entered in each process group.
 
 In a hang all ranks are silent, for a step needs all of them. Rank a waits for rank b if a has entered a collective
 that b has not. The ranks that hang are those that others wait for and that wait for nobody; where the counts do not
-tell (pipelines, work on a device), those with the fewest beats; where all are alike, no rank is blamed.
+tell (the messages of a pipeline are not counted), those that are not in a call of torch.distributed by their stacks;
+where those do not tell either, no rank is blamed.
 
 The clocks of the hosts need not agree: a heartbeat says how long its rank has been silent, and the reader measures
 how long the file has not changed.
@@ -24,7 +25,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Literal
 
@@ -70,15 +71,18 @@ class Heartbeat:
     stack_start: int
 
 
-def hanging(ranks: Sequence[Heartbeat]) -> list[Heartbeat]:
-    """Those of the silent ranks that the others wait for; all of them if nothing tells them apart."""
+def hanging(ranks: Sequence[Heartbeat], exchanging: Callable[[Heartbeat], bool]) -> list[Heartbeat]:
+    """Those of the silent ranks that the others wait for; all of them if nothing tells them apart.
+
+    Args:
+        exchanging: whether a rank is in a call of torch.distributed.
+    """
 
     def waits_for(a: Heartbeat, b: Heartbeat) -> bool:
         return any(count > b.collectives.get(group, count) for group, count in a.collectives.items())
 
     awaited = [b for b in ranks if any(waits_for(a, b) for a in ranks) and not any(waits_for(b, a) for a in ranks)]
-    fewest = min(rank.beats for rank in ranks)
-    return awaited or [rank for rank in ranks if rank.beats == fewest]
+    return awaited or [rank for rank in ranks if not exchanging(rank)] or list(ranks)
 
 
 class Watch:
@@ -245,7 +249,7 @@ class Watch:
             return []
         if self._ranks.rank == 1 and not any(rank.rank == 0 and self._is_stale(rank) for rank in found):
             return []
-        suspects = hanging(found)
+        suspects = hanging(found, self._exchanging)
         return suspects if all(rank.silent > HUNG * rank.allowed for rank in suspects) else []
 
     def _report(self, suspects: list[Heartbeat], found: list[Heartbeat]) -> str:
@@ -264,7 +268,9 @@ class Watch:
             verb = "is silent" if alike else "hangs"
             lines.append(f"{who} {verb} since {since}, for {rank.silent:.0f} s, {where}{self._condition(rank)}")
             if len(lines) < 50:
-                lines += [f"    {line}" for line in self._stack(rank)]
+                stack, path = self._stack(rank)[:STACK_LINES], self._file("stacks", rank.rank)
+                lines.append(f"    its stack, innermost call first ({path}):" if stack else f"    no stack in {path}")
+                lines += [f"    {line}" for line in stack]
         others = [rank for rank in found if rank not in suspects]
         if others:
             places = sorted({(rank.step, rank.phase) for rank in others})
@@ -291,21 +297,22 @@ class Watch:
             "or it cannot write to the run folder"
         )
 
+    def _exchanging(self, rank: Heartbeat) -> bool:
+        """Whether a rank's main thread is in a call of torch.distributed, but not where checkpoints are written."""
+        innermost = (*self._stack(rank), "")[0]
+        return "/torch/distributed/" in innermost and "/torch/distributed/checkpoint/" not in innermost
+
     def _stack(self, rank: Heartbeat) -> list[str]:
-        """The stack of a rank's main thread, the innermost call first."""
-        path = self._file("stacks", rank.rank)
+        """The stack of a rank's main thread, the innermost call first; empty where it could not be written."""
         # What was in the file when the heartbeat stopped is of an earlier silence; the heartbeat did not get to say so.
         start = self._seen[rank.rank][2] if self._is_stale(rank) else rank.stack_start
         try:
-            with path.open("rb") as file:
+            with self._file("stacks", rank.rank).open("rb") as file:
                 file.seek(start)
                 threads = file.read().decode(errors="replace").split("\n\n")
         except OSError:
-            threads = [""]
-        lines = [line.strip() for line in threads[-1].splitlines() if line.startswith("  ")]  # the main thread is last
-        if not lines:
-            return [f"no stack of it in {path}"]
-        return [f"its stack, innermost call first ({path}):", *lines[:STACK_LINES]]
+            return []
+        return [line.strip() for line in threads[-1].splitlines() if line.startswith("  ")]  # the main thread is last
 
     def _say(self, message: str) -> None:
         with contextlib.suppress(OSError):  # nobody reads the output any more
