@@ -1,6 +1,9 @@
 """Tiny configurations of every family, and a program that trains several experiments in one start of the ranks.
 
 torchrun --nproc-per-node 2 tests/family_runs.py TOGETHER.yaml ... -- ALONE.yaml ...
+
+An experiment before the `--` is trained by all ranks, one after the other, or as `first:FILE` by the first rank alone.
+Of those behind it each rank trains its share alone, before all others.
 """
 
 from __future__ import annotations
@@ -65,7 +68,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    """Train experiments on all ranks, one after the other; of those behind `--` each rank trains its share alone."""
+    """Train all experiments."""
     from train import pretrain
     from train.config import load_experiment
     from train.distributed import Ranks, start_ranks
@@ -77,7 +80,11 @@ def main() -> None:
     for path in apart[ranks.rank :: ranks.world_size]:
         pretrain.pretrain(load_experiment(path), Ranks(0, 1, ranks.device, None))
     for path in together:
-        pretrain.pretrain(load_experiment(path), ranks)
+        if not path.startswith("first:"):
+            pretrain.pretrain(load_experiment(path), ranks)
+        elif ranks.is_first:
+            pretrain.pretrain(load_experiment(path.removeprefix("first:")), Ranks(0, 1, ranks.device, None))
+        ranks.barrier()
 
 
 if __name__ == "__main__":

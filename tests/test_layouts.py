@@ -94,7 +94,7 @@ def test_layouts_of_two_ranks(tmp_path, alone):
 
 
 def test_layouts_of_four_ranks(tmp_path, alone):
-    check(run_layouts(tmp_path, 4, FOUR, FAST), alone)
+    check(run_layouts(tmp_path, 4, FOUR, ["llama with biases", "deepseek_v3"]), alone)
 
 
 @pytest.mark.slow

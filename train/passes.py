@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ class Passes:
 
     Args:
         batch_size, length: of a micro-batch.
-        each: called before every pass.
+        each: called before every pass, with "step" or "evaluate".
     """
 
     def __init__(
@@ -30,7 +31,7 @@ class Passes:
         *,
         batch_size: int,
         length: int,
-        each: Callable[[], None] = lambda: None,
+        each: Callable[[Literal["step", "evaluate"]], None] = lambda what: None,
     ) -> None:
         self.model, self._layout, self._each = model, layout, each
         self._pipeline = Pipeline(model, layout, batch_size=batch_size, length=length) if layout.pp > 1 else None
@@ -64,7 +65,7 @@ class Passes:
         Takes what the model takes.
         """
         run = partial(self.model, **inputs, reduction="none")
-        self._each()
+        self._each("evaluate")
         return (run() if self._pipeline is None else self._pipeline.evaluate(run)).loss
 
     def _forward(self, batch: Batch, hidden: Tensor | None = None) -> ModelOutput:
@@ -74,7 +75,7 @@ class Passes:
             # From pinned memory, and the host is steps ahead of the device: nothing waits for this.
             return None if tensor is None else tensor.to(device, non_blocking=True)
 
-        self._each()
+        self._each("step")
         return self.model(
             move(batch.input_ids),
             labels=move(batch.labels),

@@ -6,7 +6,7 @@ same micro-batches, so only hidden states travel.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -60,7 +60,7 @@ class Pipeline:
         self._hidden = torch.empty(shape, dtype=model.compute_dtype, device="meta")
         self._schedules: dict[int, tuple[_Stage, Schedule1F1B]] = {}
 
-    def train(self, passes: list[Pass], tokens: int) -> list[ModelOutput]:
+    def train(self, passes: Sequence[Pass], tokens: int) -> list[ModelOutput]:
         """Forward and backward of all micro-batches of a step of `tokens` tokens; gradients are left on the parameters.
 
         Returns:
@@ -95,7 +95,7 @@ class Pipeline:
 class _Stage(PipelineStage):
     """Takes its micro-batches from `passes`, in the order in which 1F1B runs them forward."""
 
-    passes: list[Pass]
+    passes: Sequence[Pass]
     tokens: int
     outputs: list[ModelOutput]
 

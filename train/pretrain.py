@@ -11,21 +11,30 @@ them: torchrun exits with 1 on SIGTERM and kills what takes over 30 s.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from shards.errors import UserError, run_command
-from shards.loader import WindowLoader
 from train.checkpoint import weights_sha256
 from train.config import ExperimentConfig, load_experiment
-from train.distributed import Ranks, start_ranks
+from train.distributed import (
+    Ranks,
+    collect_garbage,
+    freeze_garbage_collector,
+    shorten_timeouts,
+    start_ranks,
+    thaw_garbage_collector,
+)
 from train.evaluate import Validation
 from train.experts import ExpertBalance
-from train.hardware import peak_flops
+from train.guard import RECENT
+from train.loss import IGNORE_INDEX
 from train.metrics import MetricsLog, numbers, read_metrics
 from train.models import BaseModelForCausalLM
 from train.optim import create_optimizer
@@ -33,10 +42,15 @@ from train.parallel import parallelize
 from train.passes import Passes
 from train.plot import plot_losses
 from train.prepare import Setup, prepare
+from train.profiling import Profiler
+from train.rollback import roll_back
 from train.run_folder import RunFolder
+from train.run_state import RunState
 from train.schedule import learning_rate
 from train.signals import StopRequest, exit_status
-from train.speed import MEASURED, Speed
+from train.sources import SourceLosses
+from train.speed import MEASURED
+from train.watch import Watch
 
 
 def pretrain(config: ExperimentConfig, ranks: Ranks) -> int:
@@ -45,50 +59,36 @@ def pretrain(config: ExperimentConfig, ranks: Ranks) -> int:
     Returns:
         the exit status: 0, or what asks for another start (see `train.signals`).
     """
+    with ExitStack() as closing:
+        return _pretrain(config, ranks, closing)
+
+
+def _pretrain(config: ExperimentConfig, ranks: Ranks, closing: ExitStack) -> int:
     stop = StopRequest()
     if config.training.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS has no other deterministic mode
         torch.use_deterministic_algorithms(True)
     setup = prepare(config, ranks)
-    plan, total_steps = setup.plan, setup.total_steps
+    plan, layout, total_steps = setup.plan, setup.layout, setup.total_steps
     run = RunFolder(Path(config.checkpointing.output_dir), ranks)
     setup.checkpoints.say = run.say
     model: BaseModelForCausalLM = setup.model
-    layout, batch_size = setup.layout, config.training.batch_size
     parallelize(model, config, layout, fill=setup.fills)
     optimizer = create_optimizer(model, config.training, layout)
-    passes = Passes(model, layout, batch_size=batch_size, length=plan.seq_len)
-    validation = Validation(config.evaluation, plan, batch_size, config.data.document_mask, layout)
+    watch = closing.enter_context(contextlib.closing(Watch(run.path, ranks, config.training.hang_timeout)))
+    batch_size, documents = config.training.batch_size, config.data.document_mask
+    passes = Passes(model, layout, batch_size=batch_size, length=plan.seq_len, each=lambda what: watch.beat(step, what))
+    validation = Validation(config.evaluation, plan, batch_size, documents, layout)
     state = setup.resume(model, optimizer, run)
     if not validation.sets:
         run.say("no validation: evaluation.datasets is empty and no source has a val/ part (--val-fraction makes one)")
-    loader = WindowLoader(
-        plan,
-        batch_size=batch_size,
-        accumulation=setup.accumulation,
-        rank=layout.data_rank,
-        world_size=layout.data_size,
-        next_sample=state.next_sample,
-        document_mask=config.data.document_mask,
-        num_workers=config.data.num_workers,
-        prefetch_factor=config.data.prefetch_factor,
-        pin_memory=config.data.pin_memory and ranks.device.type == "cuda",
-    )
-    log = MetricsLog(run.path, config, setup.past_steps(state), run.say) if ranks.is_first else None
-    peak = config.logging.peak_tflops
-    speed = Speed(
-        state.step,
-        total_steps,
-        setup.global_batch * plan.seq_len,
-        flops_per_token=setup.flops_per_token,
-        flops_per_token_full=setup.flops_per_token_full,
-        peak=peak_flops(ranks.device) if peak is None else peak * 1e12,
-        devices=ranks.world_size,
-        device=ranks.device,
-    )
     experts = ExpertBalance(model, layout)
-    skipped = torch.tensor(float(state.skipped_steps), device=ranks.device)
-    reported = state.skipped_steps
+    sources = SourceLosses([source.name for source in plan.sources], ranks.device)
+    profiler = closing.enter_context(Profiler(config.profile, run.path, ranks, run.say))
+    speed = setup.speed(state.step)
+    loader = setup.loader(state)
+    log = MetricsLog(run.path, config, setup.past_steps(state), run.say) if ranks.is_first else None
+    step, first_step, said_skips = state.step, state.step + 1, state.skipped_steps
 
     def write(row: dict[str, Any]) -> None:
         if log is not None:
@@ -104,47 +104,73 @@ def pretrain(config: ExperimentConfig, ranks: Ranks) -> int:
         values = "  ".join(f"{key} {value:.4f}" for key, value in metrics.items() if key != "val")
         run.say(f"step {step:>6}  {values}")
 
-    def save() -> None:
+    def here() -> RunState:
+        return setup.state_at(step, loader.next_sample, int(optimizer.guard.total.item()), state.rollbacks)
+
+    def save(*, wait: bool) -> None:
+        watch.beat(step, "save")
         with speed.waiting("save"):
             if log is not None:
                 log.sync()
-            state = setup.state_at(step, loader.next_sample, int(skipped.item()))
-            setup.checkpoints.save(state, model, optimizer, wait=last or bool(stopping))
+            setup.checkpoints.save(here(), model, optimizer, wait=wait)
 
-    step = state.step
     if step == 0:
         evaluate()
     model.train()
     while step < total_steps:
         step += 1
         rate = learning_rate(step, config.training, total_steps)
+        profiler.step(step)
+        watch.beat(step, "data")
         with speed.waiting("data"):
             batches = next(loader)
         # One exchange between the hosts per step: the tokens that the loss is divided by, and whether to stop.
-        valid = sum(int((batch.labels != -100).sum()) for batch in batches) if layout.counts else 0
+        valid = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in batches) if layout.counts else 0
         tokens, stopping, requeue = ranks.sum_on_host([valid, stop.requested, stop.requeue])
         loss = torch.zeros((), device=ranks.device)
-        for output in passes.train(batches, tokens):
+        for batch, output in zip(batches, passes.train(batches, tokens), strict=True):
             assert output.loss is not None
             loss += output.loss / tokens
             experts.add(output, tokens)
-        norm, bad = optimizer.step(rate)
-        skipped += bad
-        balance = experts.finish_step(bad)
+            if output.window_losses is not None:
+                sources.add(output.window_losses, (batch.labels != IGNORE_INDEX).sum(1), batch.sources)
+        norm, skipped = optimizer.step(rate)
+        balance = experts.finish_step(skipped)
+        if step == first_step:
+            shorten_timeouts()
+            freeze_garbage_collector()
+            closing.callback(thaw_garbage_collector)
+        collect_garbage(step)
 
         last = step == total_steps
         if step % config.logging.log_steps == 0 or last:
-            ranks.sum_(loss)
-            row = numbers({"loss": loss, "lr": rate, "grad_norm": norm, **balance}) | speed.measure(step)
-            write({"next_sample": loader.next_sample, **row, "skipped_steps": int(skipped.item())})
-            if skipped.item() > reported:
-                reported = int(skipped.item())
-                run.say(f"{reported} step(s) so far were skipped: a gradient was not finite")
+            # The only place where the host waits for the device.
+            guard = optimizer.guard
+            found = {"loss": ranks.sum_(loss), "lr": rate, "grad_norm": norm, "sources": sources.collect(layout)}
+            row = numbers({**found, **balance, "skipped_steps": guard.total.long(), "recent": guard.recent().long()})
+            recent = row.pop("recent")
+            write({"next_sample": loader.next_sample, **row, **speed.measure(step)})
             run.say(f"{speed.status(step, row['loss'])}  lr {rate:.2e}  grad {row['grad_norm']:.2f}")
+            if row["skipped_steps"] > said_skips:
+                said_skips = row["skipped_steps"]
+                run.say(f"{said_skips} step(s) so far were skipped: a gradient was not finite or far above the usual")
+            if config.training.max_skips is not None and recent >= config.training.max_skips:
+                first_skipped = step - RECENT + 1 + int(guard.skips.nonzero()[0])
+                state = roll_back(here(), first_skipped, setup.checkpoints, model, optimizer, run)
+                loader.close()
+                step, said_skips, loader = state.step, state.skipped_steps, setup.loader(state)
+                if log is not None:
+                    setup.checkpoints.set_aside(step)
+                    log.close()
+                    log = MetricsLog(run.path, config, step, run.say)
+                speed.go_back(step)
+                continue
+        else:
+            run.status(speed.status(step, None))
         if last or (config.logging.eval_steps and step % config.logging.eval_steps == 0):
             evaluate()
         if last or stopping or step % config.checkpointing.save_steps == 0:
-            save()
+            save(wait=last or stopping > 0)
         setup.checkpoints.poll()
         if stopping and not last:
             run.say(f"stopped on request at step {step}, checkpoint saved; the same command goes on from here")
@@ -154,6 +180,7 @@ def pretrain(config: ExperimentConfig, ranks: Ranks) -> int:
         log.close()
     if step < total_steps:
         return exit_status(requeue > 0)
+    run.say(speed.account())
     finish(run, setup)
     return 0
 
@@ -189,7 +216,7 @@ def main(stage: str = "pretrain", description: str | None = __doc__) -> None:
             f"{arguments.config}: its experiment.stage is {config.experiment.stage}: start it with "
             f"train/{config.experiment.stage}.py, or with minigpt-train, which picks the right one"
         )
-    ranks = start_ranks(config.training.backend)
+    ranks = start_ranks(config.training.backend, Path(config.checkpointing.output_dir))
     status = pretrain(config, ranks)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

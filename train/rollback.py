@@ -17,6 +17,7 @@ from train.models import BaseModelForCausalLM
 from train.run_folder import RunFolder
 from train.run_state import RunState
 
+ROLLBACKS = "rollbacks.json"
 LIMIT = 3  # rollbacks to one checkpoint
 
 
@@ -48,7 +49,7 @@ def roll_back(
     first = max([before.next_sample, *here])
     kept.append({"step": before.step, "first_sample": first, "next_sample": now.next_sample})
     checkpoints.load(checkpoint, model, optimizer)
-    run.write_json("rollbacks.json", kept)
+    run.write_json(ROLLBACKS, kept)
     run.say(
         f"steps were skipped from step {first_skipped:,} on: back to {checkpoint}, without the samples "
         f"{first:,} to {now.next_sample - 1:,} (rollback {len(here) + 1} of at most {LIMIT} to this checkpoint)"
@@ -58,7 +59,7 @@ def roll_back(
 
 def with_rollbacks(state: RunState, run: Path) -> RunState:
     """The state of a checkpoint, with what was skipped behind it after it was written."""
-    path = run / "rollbacks.json"
+    path = run / ROLLBACKS
     kept = [one for one in json.loads(path.read_text()) if one["step"] <= state.step] if path.exists() else []
     if not kept:
         return state
