@@ -25,6 +25,7 @@ class Run:
     path: Path
     plan: MixturePlan
     global_batch: int
+    steps: int  # of the whole run
     recorded: dict[str, Any]  # the plan's past when the run was started, see `MixturePlan.past`
     rollbacks: list[dict[str, int]]
 
@@ -39,11 +40,12 @@ class Run:
             raise UserError(f"--run {path}: no run folder (manifest.json and config.yaml are not both there)")
         manifest, config = _read_json(path / "manifest.json"), load_yaml(path / "config.yaml")
         mixture = validate(MixtureConfig, config["data"]["config"], f"{path / 'config.yaml'}, data.config")
-        batch, steps = manifest["global_batch"], config["training"].get("max_steps")
-        plan = MixturePlan.build(mixture, manifest["seq_len"], total_samples=steps and steps * batch)
+        batch, max_steps = manifest["global_batch"], config["training"].get("max_steps")
+        plan = MixturePlan.build(mixture, manifest["seq_len"], total_samples=max_steps and max_steps * batch)
+        steps = plan.length() // batch
         skipped = path / "rollbacks.json"
         rollbacks = _read_json(skipped) if skipped.exists() else []
-        return cls(path, plan, batch, manifest["data"]["plan"], rollbacks)
+        return cls(path, plan, batch, min(steps, max_steps or steps), manifest["data"]["plan"], rollbacks)
 
     def step(self, step: int) -> range:
         """The samples of a step, after checking that the data and the log agree with them.
@@ -52,8 +54,8 @@ class Run:
             UserError: the run has no such step, or what is there now is not what the run was trained on.
         """
         samples = self._samples(step)
-        if step < 1 or samples.stop > self.plan.length():
-            raise UserError(f"--step {step:,}: {self.path} has the steps 1 to {self._last_step():,}")
+        if not 1 <= step <= self.steps:
+            raise UserError(f"--step {step:,}: {self.path} has the steps 1 to {self.steps:,}")
         self.check(samples.stop)
         self._check_log(step)
         return samples
@@ -78,12 +80,6 @@ class Run:
         skipped = sum(r["next_sample"] - r["first_sample"] for r in self.rollbacks if r["step"] < step)
         first = (step - 1) * self.global_batch + skipped
         return range(first, first + self.global_batch)
-
-    def _last_step(self) -> int:
-        step = self.plan.length() // self.global_batch
-        while step and self._samples(step).stop > self.plan.length():
-            step -= 1
-        return step
 
     def _check_log(self, step: int) -> None:
         """Compare with the newest row of the metrics up to a step."""

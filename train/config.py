@@ -216,8 +216,8 @@ class ExperimentConfig(Settings):
     def _check_stage(self) -> ExperimentConfig:
         if self.experiment.stage == "midtrain" and self.model.from_pretrained is None:
             raise ValueError(
-                "experiment.stage midtrain starts from trained weights: give model.from_pretrained (a run folder, one of "
-                "its checkpoints or a Hugging Face folder)"
+                "experiment.stage midtrain starts from trained weights: give model.from_pretrained (a run folder, one "
+                "of its checkpoints or a Hugging Face folder)"
             )
         return self
 
