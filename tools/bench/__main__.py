@@ -16,6 +16,7 @@ BENCHMARKS = {  # name: module and what it measures
     "language": ("tools.bench.language_table", "language identification: accuracy and speed by language and length"),
     "moe-step": ("tools.bench.moe_step", "one mixture-of-experts layer against transformers' loop over experts"),
     "models": ("tools.bench.model_speed", "forward and backward of whole models against transformers, both compiled"),
+    "optimizers": ("tools.bench.optimizers", "AdamW against Muon on the demo's data, both tuned; validation curves"),
     "prep": ("tools.bench.prep_speed", "JSONL to clean, deduplicated shards against datatrove; peak memory"),
     "tokenize": ("tools.bench.tokenize_speed", "JSONL to shards against a pool of `tokenizers`"),
     "train-step": ("tools.bench.train_step", "training step against the machine's own matrix-product rate"),
