@@ -9,6 +9,7 @@ of each optimiser grows by factors of two until its best rate is not the smalles
 from __future__ import annotations
 
 import argparse
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from train.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent.parent
 MODEL = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4}
+WINDOWS, LENGTH = 8, 128  # of a step
 RATES = (2e-3, 4e-3, 8e-3)  # that a grid begins with
 COLOURS = {"adamw": "#4477aa", "muon": "#ee6677"}
 
@@ -34,7 +36,9 @@ def train(folder: Path, optimizer: str, rate: float, steps: int) -> Curve:
     if not (run / "results.json").exists():
         fields = {
             **{f"model.overrides.{name}": value for name, value in MODEL.items()},
-            "data.max_seq_length": 128,
+            "data.max_seq_length": LENGTH,
+            "evaluation.max_tokens": 2**14,
+            "training.batch_size": WINDOWS,
             "training.optimizer": optimizer,
             "training.learning_rate": rate,
             "training.max_steps": steps,
@@ -75,7 +79,7 @@ def best_rate(curves: dict[float, Curve]) -> float:
 
 def tokens_to_reach(curve: Curve, loss: float) -> float:
     """Tokens after which a curve is at a loss, between its points along straight lines; infinite if it never is."""
-    for (before, high), (after, low) in zip(curve, curve[1:], strict=False):
+    for (before, high), (after, low) in itertools.pairwise(curve):
         if low <= loss:
             return before + (after - before) * (high - loss) / (high - low)
     return float("inf")
@@ -113,13 +117,13 @@ def main() -> None:
     """Train the grids, print the table, draw the curves."""
     parser = argparse.ArgumentParser(prog="python -m tools.bench optimizers", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs and optimizers.png")
-    parser.add_argument("--steps", type=int, default=400, help="of 16 windows of 128 tokens each")
+    parser.add_argument("--steps", type=int, default=300, help=f"of {WINDOWS} windows of {LENGTH} tokens each")
     arguments = parser.parse_args()
     if not (ROOT / DATA / "code" / "dataset.json").exists():
         raise UserError(f"{ROOT / DATA}: the demo's data is not there; `make demo` makes it")
     console = Console()
     found = {optimizer: tune(arguments.out, optimizer, arguments.steps, console) for optimizer in COLOURS}
-    table = Table("learning rate", *found, title=f"validation loss after {arguments.steps * 16 * 128:,} tokens")
+    table = Table("learning rate", *found, title=f"validation loss after {arguments.steps * WINDOWS * LENGTH:,} tokens")
     for rate in sorted({rate for curves in found.values() for rate in curves}):
         cells = [f"{curves[rate][-1][1]:.4f}" if rate in curves else "" for curves in found.values()]
         table.add_row(f"{rate:g}", *cells)
