@@ -39,8 +39,22 @@ def test_equals_the_operations_of_a_training_step(family, fields):
     ids = torch.randint(0, config.vocab_size, (2, LENGTH + 1))
     with FlopCounterMode(display=False, custom_mapping=GROUPED) as counter:
         model(ids[:, :-1], labels=ids[:, 1:]).loss.backward()
-    tokens = 2 * LENGTH
     # What ran were the full squares of attention and no product for the norms' weights.
-    square = 3 * config.num_hidden_layers * config.num_attention_heads * sum(config.attention_head_dims) * LENGTH
     norms = 6 * sum(p.numel() for p in model.parameters() if p.ndim == 1)
-    assert counter.get_total_flops() == tokens * (flops_per_token(model, LENGTH) + square - norms)
+    assert counter.get_total_flops() == 2 * LENGTH * (flops_per_token(model, LENGTH, full_attention=True) - norms)
+
+
+def test_causal_attention_is_the_pairs_below_the_diagonal():
+    """Counted one by one: each pair of tokens is a product of query and key, and one of its weight and the value."""
+    config = ModelRegistry.parse_config({**FAMILIES["deepseek_v3"], "max_position_embeddings": 2048}, "test")
+    with torch.device("meta"):
+        model = ModelRegistry.create_model(config.model_type, config)
+    query_dims, value_dims = config.attention_head_dims
+    assert query_dims != value_dims
+    per_pair = 3 * 2 * (query_dims + value_dims) * config.num_attention_heads * config.num_hidden_layers
+    for length in (64, 2048):
+        pairs = sum(range(length)) + length / 2  # a token with itself is on the diagonal
+        causal, full = (flops_per_token(model, length, full_attention=full) for full in (False, True))
+        rest = full - per_pair * length
+        assert causal - rest == per_pair * pairs / length
+        assert rest == flops_per_token(model, 0)  # the products with parameters do not depend on the length

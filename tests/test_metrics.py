@@ -1,0 +1,528 @@
+"""What a run says of itself: rows that a full disk delays, trackers that fail, speed, sources, the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import resource
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from training_runs import SEQ_LEN, rows, run, train_here, write_experiment, write_sources
+
+import train.append
+import train.speed
+from shards.mixture import MixtureConfig, MixturePlan
+from train.append import AppendOnly
+from train.config import load_experiment
+from train.distributed import Ranks
+from train.layout import Layout
+from train.metrics import MetricsLog, numbers, read_metrics
+from train.run_folder import RunFolder
+from train.sources import SourceLosses
+from train.speed import MEASURED, Speed, memory_gb
+
+CPU = torch.device("cpu")
+ALONE = Ranks(0, 1, CPU, None)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The mixture of two small sources."""
+    torch.set_num_threads(1)
+    return write_sources(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory):
+    """A run of one process: its experiment file, and its folder."""
+    folder = tmp_path_factory.mktemp("alone")
+    config = write_experiment(folder, data, training={"max_steps": 8}, checkpointing={"save_steps": 8})
+    status, output = train_here(config)
+    assert status == 0, output
+    return SimpleNamespace(config=config, run=folder / "run", output=output)
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    """Makes a configuration with the given fields of the logging section."""
+
+    def make(**logging):
+        return load_experiment(write_experiment(tmp_path, {"sources": []}, logging=logging))
+
+    (tmp_path / "run").mkdir()
+    return make
+
+
+@contextlib.contextmanager
+def files_end_at(size: int):
+    """No file of this process can grow past `size` bytes: the kernel writes what fits and refuses the rest."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+# A full disk
+
+
+def test_rows_wait_for_a_full_disk(experiment, tmp_path):
+    said, path = [], tmp_path / "run" / "metrics.jsonl"
+    log = MetricsLog(tmp_path / "run", experiment(), 0, said.append)
+    expected = [{"step": step, "loss": step / 7} for step in range(1, 8)]
+    for row in expected[:2]:
+        log.write(row)
+    with files_end_at(path.stat().st_size + 10):
+        for row in expected[2:5]:
+            log.write(row)
+            log.sync()
+        # A part of a row is in the file, which readers leave out.
+        assert path.read_bytes().endswith(b'{"step":3,')
+        assert read_metrics(path) == expected[:2]
+    assert [line.split(" (")[0] for line in said] == [f"{path} cannot be written"]
+    assert "File too large" in said[0]
+    assert "3 line(s) and those to come wait in memory" in said[0]  # the first two may be lost too: no sync yet
+    for row in expected[5:]:
+        log.write(row)
+    assert read_metrics(path) == expected
+    log.close()
+    assert read_metrics(path) == expected
+    assert said[1:] == [f"{path} can be written again; nothing is missing"]
+
+
+def test_what_is_lost_at_the_end_is_said(experiment, tmp_path):
+    said = []
+    log = MetricsLog(tmp_path / "run", experiment(), 0, said.append)
+    with files_end_at(3):
+        for step in (1, 2):
+            log.write({"step": step})
+        log.close()
+    assert len(said) == 2
+    assert said[1].endswith("metrics.jsonl: the last 2 line(s) could not be written")
+
+
+class FlakyDisk:
+    """Refuses what `plan` says, call by call; a failed sync loses all that the one before did not make durable."""
+
+    def __init__(self, path, plan):
+        self.path, self.plan, self.durable = path, plan, 0
+
+    def refuses(self) -> bool:
+        return next(self.plan, False)
+
+    def write(self, content: bytes) -> int:
+        if self.refuses():
+            with self.path.open("ab") as file:
+                file.write(content[: len(content) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        with self.path.open("ab") as file:
+            return file.write(content[: max(1, len(content) - 3)])  # a short count is no error
+
+    def truncate(self, size: int) -> None:
+        os.truncate(self.path, size)
+
+    def sync(self, number: int) -> None:
+        size = self.path.stat().st_size
+        if self.refuses():
+            content = self.path.read_bytes()
+            self.path.write_bytes(content[: self.durable] + bytes(size - self.durable))
+            raise OSError(errno.EIO, "Input/output error")
+        self.durable = size
+
+    def fileno(self) -> int:
+        return -1
+
+    def close(self) -> None: ...
+
+
+@given(
+    st.lists(st.sampled_from(["write", "write", "sync"]), max_size=30), st.lists(st.booleans(), max_size=30), st.data()
+)
+def test_no_line_is_lost_doubled_or_moved(tmp_path_factory, actions, plan, data):
+    path, said = tmp_path_factory.mktemp("lines") / "lines", []
+    path.write_bytes(b"before\n")
+    lines = AppendOnly(path, said.append)
+    lines._file.close()
+    disk = FlakyDisk(path, iter(plan))
+    disk.durable = 7
+    lines._file = disk
+    expected = [b"before\n"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.append.os, "fsync", disk.sync)
+        patch.setattr(train.append, "SYNC_BYTES", data.draw(st.sampled_from([10, 50, 2**16])))
+        for number, action in enumerate(actions):
+            if action == "write":
+                expected.append(f"line {number}\n".encode())
+                lines.write(expected[-1])
+            else:
+                lines.sync()
+        disk.plan = iter(())
+        lines.close()
+    assert path.read_bytes() == b"".join(expected)
+    assert said == [line for pair in zip(said[::2], said[1::2], strict=True) for line in pair]  # in turns
+    assert all("cannot" in line for line in said[::2])
+    assert all("again" in line for line in said[1::2])
+
+
+def test_a_full_disk_does_not_end_a_run(alone, tmp_path, monkeypatch):
+    """From step 4 until step 7 neither `metrics.jsonl` nor `train.log` can be written."""
+    whole = AppendOnly._write_kept
+
+    def write(self):
+        kept = b"".join(self._kept)
+        steps = {int(step) for step in re.findall(rb'(?:"step":| step +)(\d+)(?:,|/8 )', kept)}
+        if 4 in steps and 7 not in steps:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        whole(self)
+
+    monkeypatch.setattr(AppendOnly, "_write_kept", write)
+    status, output = train_here(alone.config, f"checkpointing.output_dir={tmp_path / 'run'}")
+    assert status == 0, output
+    assert rows(tmp_path / "run") == rows(alone.run)
+    for name in ("metrics.jsonl", "train.log"):
+        assert len(re.findall(rf"{name} cannot be written \(No space left on device\)", output)) == 1
+        assert len(re.findall(rf"{name} can be written again", output)) == 1
+    log = (tmp_path / "run" / "logs" / "train.log").read_text()
+    assert re.findall(r"step +(\d+)/8 ", log) == [str(step) for step in range(1, 9)]
+
+
+# Mirrors
+
+
+def failing_wandb(monkeypatch, *, fails_at: str) -> SimpleNamespace:
+    """A stand-in for the package, which raises in one of its calls and remembers the others."""
+    calls = []
+
+    def call(what, /, *arguments, **options):
+        calls.append((what, arguments, options))
+        if what == fails_at:
+            raise RuntimeError(f"{what}:\nconnection lost")
+
+    def init(**options):
+        call("init", **options)
+        return SimpleNamespace(log=lambda values, step: call("log", values, step), finish=lambda: call("finish"))
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    return SimpleNamespace(calls=calls, named=lambda name: [c for c in calls if c[0] == name])
+
+
+@pytest.mark.parametrize(("fails_at", "logged"), [("init", 0), ("log", 1), ("finish", 3), ("nothing", 3)])
+def test_a_failing_tracker_is_switched_off(experiment, tmp_path, monkeypatch, fails_at, logged):
+    wandb, said = failing_wandb(monkeypatch, fails_at=fails_at), []
+    log = MetricsLog(tmp_path / "run", experiment(use_wandb=True, wandb_mode="offline"), 0, said.append)
+    expected = [{"step": step, "loss": 1.0, "val": {"code": {"loss": 2.0}}} for step in (1, 2, 3)]
+    for row in expected:
+        log.write(row)
+    log.close()
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl") == expected
+    assert wandb.named("init")[0][2]["mode"] == "offline"
+    assert [arguments for _, arguments, _ in wandb.named("log")] == [
+        ({"loss": 1.0, "val/code/loss": 2.0}, step) for step in (1, 2, 3)[:logged]
+    ]
+    assert len(wandb.named("finish")) == (fails_at in ("finish", "nothing"))
+    reason = f"W&B is off from here on, metrics.jsonl has everything (RuntimeError: {fails_at}: connection lost)"
+    assert said == ([] if fails_at == "nothing" else [reason])
+
+
+def test_a_run_that_goes_on_is_the_same_run_there(experiment, tmp_path, monkeypatch):
+    wandb, said = failing_wandb(monkeypatch, fails_at="nothing"), []
+    for resume_step in (0, 2, 0):
+        MetricsLog(tmp_path / "run", experiment(use_wandb=True), resume_step, said.append).close()
+    first, second, third = (options["id"] for _, _, options in wandb.named("init"))
+    assert first == second != third
+    assert wandb.named("init")[0][2]["mode"] == "online"
+
+
+def test_tensorboard_fails_alone(experiment, tmp_path, monkeypatch):
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    wandb, said = failing_wandb(monkeypatch, fails_at="nothing"), []
+    monkeypatch.setattr(SummaryWriter, "add_scalar", full)
+    log = MetricsLog(tmp_path / "run", experiment(use_wandb=True, use_tensorboard=True), 0, said.append)
+    for step in (1, 2):
+        log.write({"step": step, "loss": 1.0})
+    log.close()
+    assert len(wandb.named("log")) == 2
+    assert len(said) == 1
+    assert said[0].startswith("TensorBoard is off from here on")
+    assert "No space left on device" in said[0]
+
+
+def test_numbers_are_fetched_as_what_they_are():
+    found = numbers(
+        {"a": torch.tensor(0.1), "b": {"c": torch.tensor(2**40 + 1), "d": "text"}, "e": 3, "f": torch.tensor(torch.nan)}
+    )
+    assert found.pop("f") != found
+    assert found == {"a": pytest.approx(0.1, rel=1e-7), "b": {"c": 2**40 + 1, "d": "text"}, "e": 3}
+    assert isinstance(found["b"]["c"], int)
+    assert numbers({"a": 1, "b": {}}) == {"a": 1, "b": {}}
+
+
+# Speed
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that passes when the test says so."""
+    now = SimpleNamespace(seconds=1000.0)
+    monkeypatch.setattr(train.speed.time, "perf_counter", lambda: now.seconds)
+
+    def wait(seconds: float) -> None:
+        now.seconds += seconds
+
+    return wait
+
+
+def new_speed(peak: float | None = 1e9, devices: int = 2) -> Speed:
+    return Speed(10, 110, 500, flops_per_token=1000, flops_per_token_full=1200, peak=peak, devices=devices, device=CPU)
+
+
+def test_speed_by_hand(clock):
+    speed = new_speed()
+    assert speed.status(11, None) == "step     11/110"
+    with speed.waiting("data"):
+        clock(2)
+    clock(6)
+    with speed.waiting("evaluate"):
+        clock(4)
+        with speed.waiting("log"):  # belongs to the validation
+            clock(1)
+    for seconds in (3, 4):
+        with speed.waiting("save"):
+            clock(seconds)
+    row = speed.measure(14)  # 20 s, of which 5 + 7 are no training; 4 steps
+    assert row.pop("memory_gb").keys() == {"resident", "peak"}
+    assert row == {
+        "tokens_per_second": 4 * 500 / 8,
+        "tflops_per_device": pytest.approx(4 * 500 / 8 * 1000 / 2 / 1e12),
+        "mfu": pytest.approx(4 * 500 / 8 * 1000 / 2 / 1e9),
+        "mfu_full": pytest.approx(4 * 500 / 8 * 1200 / 2 / 1e9),
+        "data_wait": 2 / 20,
+        "blocked": {"evaluate": 5 / 20, "log": 0.0, "save": 7 / 20},
+    }
+    assert speed.status(14, 2.34567) == "step     14/110  loss 2.3457  250 tok/s  ETA 3m12s"  # 96 steps of 2 s
+    assert speed.status(62, None) == "step     62/110  250 tok/s  ETA 1m36s"
+    clock(5)
+    row = speed.measure(15)
+    assert (row["tokens_per_second"], row["data_wait"]) == (100, 0)
+    assert row["blocked"] == {"evaluate": 0, "log": 0, "save": 0}
+    assert speed.account() == "25s since the start, of it waiting for data 8.0%, evaluate 20.0%, log 0.0%, save 28.0%"
+
+
+def test_a_rollback_is_no_negative_speed(clock):
+    speed = new_speed()
+    clock(10)
+    speed.measure(20)
+    with speed.waiting("save"):
+        clock(10)
+    speed.go_back(12)
+    clock(10)
+    row = speed.measure(14)
+    assert row["tokens_per_second"] == 100
+    assert row["blocked"]["save"] == 0
+    assert "save 33.3%" in speed.account()
+
+
+def test_a_wait_that_fails_is_counted_and_over(clock):
+    speed = new_speed()
+
+    def no_more_batches() -> None:
+        clock(1)
+        raise StopIteration
+
+    with pytest.raises(StopIteration), speed.waiting("data"):
+        no_more_batches()
+    with speed.waiting("save"):
+        clock(3)
+    row = speed.measure(11)
+    assert (row["data_wait"], row["blocked"]["save"]) == (0.25, 0.75)
+
+
+def test_no_mfu_without_a_peak(clock):
+    clock(1)
+    assert not {"mfu", "mfu_full"} & new_speed(peak=None).measure(11).keys()
+    assert set(new_speed().measure(11)) == set(MEASURED)
+
+
+def test_memory_of_the_process():
+    before = memory_gb(CPU)
+    block = np.ones(200_000_000, np.uint8)
+    during = memory_gb(CPU)
+    assert during["resident"] - before["resident"] == pytest.approx(0.2, abs=0.02)
+    assert during["peak"] >= during["resident"] * 0.999
+    assert during["peak"] == pytest.approx(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, rel=0.02)
+    assert block[0] == 1
+
+
+# Sources
+
+
+class SimulatedRanks:
+    """Ranks of one process: the first to `collect` hold their sums back, the last adds them to its own."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.sums = size, []
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.sums.append(tensor.clone())
+        if len(self.sums) == self.size:
+            tensor.copy_(torch.stack(self.sums).sum(0))
+        return tensor
+
+
+@given(st.data(), st.integers(1, 5), st.integers(1, 4))
+def test_losses_of_sources_are_those_of_numpy(data, sources, ranks):
+    """`ranks` ranks hold shares of the losses of the same windows, as tensor-parallel ones do."""
+    names = [f"source {number}" for number in range(sources)]
+    together = SimulatedRanks(ranks)
+    layouts = [SimpleNamespace(ranks=together, counts=rank == 0) for rank in range(ranks)]
+    counters = [SourceLosses(names, CPU) for _ in range(ranks)]
+    for _ in range(2):  # two rows of the log: nothing of the first is in the second
+        sums, counts = np.zeros(sources), np.zeros(sources, np.int64)
+        for _ in range(data.draw(st.integers(0, 3))):
+            batch = data.draw(st.integers(1, 6))
+            index = np.array([data.draw(st.integers(0, sources - 1)) for _ in range(batch)], np.int32)
+            tokens = np.array([data.draw(st.integers(0, 50)) for _ in range(batch)], np.int64)
+            shares = np.array([[data.draw(st.floats(0, 100, width=32)) for _ in range(batch)] for _ in range(ranks)])
+            shares = (shares * (tokens > 0)).astype(np.float32)
+            for counter, share in zip(counters, shares, strict=True):
+                counter.add(torch.from_numpy(share), torch.from_numpy(tokens), torch.from_numpy(index))
+            np.add.at(sums, index, shares.astype(np.float64).sum(0))
+            np.add.at(counts, index, tokens)
+        together.sums.clear()
+        *_, found = (counter.collect(layout) for counter, layout in zip(counters, layouts, strict=True))
+        assert list(found) == names
+        with np.errstate(invalid="ignore"):
+            expected = sums / counts
+        assert [entry["tokens"].item() for entry in found.values()] == counts.tolist()
+        np.testing.assert_allclose([entry["loss"].item() for entry in found.values()], expected, rtol=1e-12)
+
+
+def test_a_loss_that_is_not_finite_stays_with_its_source():
+    counter = SourceLosses(["good", "bad"], CPU)
+    counter.add(torch.tensor([1.0, torch.nan]), torch.tensor([2, 2]), torch.tensor([0, 1], dtype=torch.int32))
+    found = numbers(counter.collect(Layout(ALONE)))
+    assert found["good"] == {"loss": 0.5, "tokens": 2}
+    assert np.isnan(found["bad"]["loss"])
+
+
+def test_sources_of_a_run(alone, data):
+    plan = MixturePlan.build(MixtureConfig.model_validate(data), SEQ_LEN)
+    training = [row for row in rows(alone.run) if "loss" in row]
+    for row in training:
+        sources, step = row["sources"], row["step"]
+        drawn = np.subtract(plan.counts(step * 8), plan.counts((step - 1) * 8))
+        assert [source["tokens"] for source in sources.values()] == (drawn * SEQ_LEN).tolist()
+        mean = sum(source["loss"] * source["tokens"] for source in sources.values() if source["tokens"]) / 256
+        assert row["loss"] == pytest.approx(mean, rel=1e-6)
+    assert list(training[0]["sources"]) == ["code", "prose"]
+
+
+def test_measured_fields_of_a_run(alone):
+    manifest = json.loads((alone.run / "manifest.json").read_text())
+    assert manifest["hardware"]["layout"] == "one process"
+    for row in rows(alone.run, timed=True):
+        assert "loss" not in row or set(MEASURED) - {"mfu", "mfu_full"} <= row.keys()  # of a CPU no peak is known
+        if "loss" in row:
+            assert 0 <= row["data_wait"] + sum(row["blocked"].values()) <= 1
+            assert 0.1 < row["memory_gb"]["resident"] <= row["memory_gb"]["peak"] < 20
+    assert "since the start, of it waiting for data" in alone.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", ["dp_shard", "tp", "pp"])
+def test_sources_are_the_same_on_two_ranks(alone, tmp_path, axis):
+    run(
+        alone.config,
+        f"parallel={{strategy: fsdp, {axis}: 2}}",
+        f"checkpointing.output_dir={tmp_path / 'run'}",
+        ranks=2,
+    )
+    pairs = zip(rows(tmp_path / "run"), rows(alone.run), strict=True)
+    for found, expected in ((a["sources"], b["sources"]) for a, b in pairs if "loss" in a):
+        for name in ("code", "prose"):
+            assert found[name]["tokens"] == expected[name]["tokens"]
+            if found[name]["tokens"]:
+                assert found[name]["loss"] == pytest.approx(expected[name]["loss"], rel=1e-5)
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["hardware"]["layout"] == f"fsdp x {axis} 2"
+
+
+# The terminal
+
+
+def screen(output: str) -> list[str]:
+    """Lines that a terminal shows: a carriage return goes back, ESC [ K erases to the end of the line."""
+    lines, column = [""], 0
+    for token in re.findall(r"\r\n|\n|\r|\x1b\[K|[^\r\n\x1b]+", output):
+        if token in ("\n", "\r\n"):
+            lines.append("")
+            column = 0
+        elif token == "\r":
+            column = 0
+        elif token == "\x1b[K":
+            lines[-1] = lines[-1][:column]
+        else:
+            lines[-1] = lines[-1][:column] + token + lines[-1][column + len(token) :]
+            column += len(token)
+    return lines
+
+
+def test_the_status_line_on_a_terminal(tmp_path, monkeypatch):
+    controller, terminal = os.openpty()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "40")
+    with os.fdopen(terminal, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        folder = RunFolder(tmp_path, ALONE)
+        folder.say("a line")
+        for step in range(9, 12):
+            folder.status(f"step {step}, a long text" + " that wraps" * step)
+        folder.say("short")
+        folder.status("step 12")
+        shown = screen(os.read(controller, 100_000).decode())
+        folder.say("the end")
+        after = screen(os.read(controller, 100_000).decode())
+    os.close(controller)
+    assert shown == ["a line", "short", "step 12"]
+    assert after == ["the end", ""]
+    assert [line.split(" ", 1)[1] for line in (tmp_path / "logs" / "train.log").read_text().splitlines()] == [
+        "a line",
+        "short",
+        "the end",
+    ]
+
+
+def test_no_status_line_elsewhere(tmp_path, monkeypatch, capsys):
+    folder = RunFolder(tmp_path, ALONE)
+    folder.status("step 12")
+    folder.say("a line")
+    assert capsys.readouterr().out == "a line\n"
+    other = RunFolder(tmp_path, Ranks(1, 2, CPU, None))
+    other.say("nothing")
+    other.status("nothing")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_terminal_that_has_gone_does_not_end_a_run(tmp_path, monkeypatch):
+    controller, terminal = os.openpty()
+    with os.fdopen(terminal, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        folder = RunFolder(tmp_path, ALONE)
+        os.close(controller)
+        for number in range(3):
+            folder.status(f"step {number}")
+            folder.say(f"line {number}")
+    assert len((tmp_path / "logs" / "train.log").read_text().splitlines()) == 3
