@@ -168,7 +168,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, positions: Positions, scal
         mask = causal_mask(length, keys, query.device)
     if query.device.type == "cuda":
         return cuda_attention(query, key, value, mask, scale, kernel)
-    if torch.compiler.is_compiling() and length == keys and query.dtype != torch.float32:
+    if kernel == "sdpa" and torch.compiler.is_compiling() and length == keys and query.dtype != torch.float32:
         return blocked_attention(query, key, value, mask, scale)
     grouped = query.shape[1] != key.shape[1]
     width, v_dim = max(query.shape[-1], value.shape[-1]), value.shape[-1]
