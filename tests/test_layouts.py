@@ -128,8 +128,8 @@ def test_sizes_that_are_not_given_follow():
     ("strategy", "world", "parallel", "message"),
     [
         ("fsdp", 6, {"tp": 4}, r"tp 4 x pp 1 needs a multiple of 4 ranks, but 6 are here: start 8"),
-        ("ddp", 4, {"dp_shard": 2}, r"so dp_shard is 1, not 2; use fsdp"),
-        ("fsdp", 4, {"dp_replicate": 2}, r"so dp_replicate is 1, not 2; use hsdp"),
+        ("ddp", 4, {"dp_shard": 2}, r"dp_shard is 1, not 2; use fsdp"),
+        ("fsdp", 4, {"dp_replicate": 2}, r"dp_replicate is 1, not 2; use hsdp"),
         ("hsdp", 4, {}, r"hsdp needs dp_shard"),
         ("hsdp", 6, {"dp_shard": 4}, r"4 ranks, but 6 are here; .* can be 6 x 1 or 3 x 2 or 2 x 3 or 1 x 6"),
         ("fsdp", 8, {"dp_shard": 4}, r"dp_shard 4 x tp 1 x pp 1 = 4 ranks, but 8 are here; .* can be 1 x 8"),

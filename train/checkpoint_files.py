@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -28,7 +29,7 @@ class HostMemory:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._memory = np.empty(0, np.uint8)
         self._unlock: weakref.finalize | None = None
 
     def copy(self, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -36,12 +37,12 @@ class HostMemory:
         total = sum(_aligned(part.tensor.nbytes) for tensor in tensors.values() for part in tensor.parts)
         if total > self._memory.nbytes:
             self._allocate(total)
-        memory, offset, copies = self._memory.numpy(), 0, {}
+        offset, copies = 0, {}
         for name, tensor in tensors.items():
             parts = []
             for part in tensor.parts:
                 # Each with a storage of its own: the writer would copy a slice of a larger one once more.
-                host = torch.frombuffer(memory, dtype=tensor.dtype, count=part.tensor.numel(), offset=offset)
+                host = torch.frombuffer(self._memory, dtype=tensor.dtype, count=part.tensor.numel(), offset=offset)
                 parts.append(Piece(part.offsets, host.view(part.tensor.shape)))
                 parts[-1].tensor.copy_(part.tensor, non_blocking=True)
                 offset += _aligned(part.tensor.nbytes)
@@ -53,9 +54,9 @@ class HostMemory:
     def _allocate(self, size: int) -> None:
         if self._unlock is not None:
             self._unlock()
-        self._memory = torch.empty(size, dtype=torch.uint8)
+        self._memory = np.empty(size, np.uint8)  # numpy asks for huge pages, which are faster to get
         if self._device.type == "cuda":  # PyTorch's own page-locked memory is rounded up to a power of two
-            runtime, address = torch.cuda.cudart(), self._memory.data_ptr()
+            runtime, address = torch.cuda.cudart(), self._memory.ctypes.data
             torch.cuda.check_error(runtime.cudaHostRegister(address, size, 0))
             self._unlock = weakref.finalize(self, runtime.cudaHostUnregister, address)
             self._unlock.atexit = False
@@ -66,11 +67,15 @@ def _aligned(size: int) -> int:
     return -(-size // 64) * 64
 
 
+class RankError(Exception):
+    """What went wrong on one of the ranks, known to all."""
+
+
 def together(function: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:
     """Call a function on all ranks of a group (None: on this one) and hand out all results, or fail on all alike.
 
     Raises:
-        OSError: with the reason of the first rank that failed.
+        RankError: with the reason of the first rank that failed.
     """
     results: list[Any] = [None] * (1 if group is None else group.size())
     try:
@@ -82,7 +87,7 @@ def together(function: Callable[[], T], group: dist.ProcessGroup | None) -> list
     else:
         dist.all_gather_object(results, mine, group=group)
     if failed := [text for _, text in results if text is not None]:
-        raise OSError(failed[0])
+        raise RankError(failed[0])
     return [value for value, _ in results]
 
 
@@ -90,6 +95,8 @@ def reason(error: BaseException) -> str:
     """The first line of what went wrong on the first rank that failed."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
+    if isinstance(error, RankError):
+        return str(error)
     return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 
@@ -102,7 +109,7 @@ def write_tensors(
         `{"bytes", "xxh3"}` of every file, by name.
 
     Raises:
-        OSError, CheckpointException: on all ranks, where one could not write, or read something else than it wrote.
+        RankError, CheckpointException: on all ranks, where one could not write, or read something else than it wrote.
     """
     writer = FileSystemWriter(folder, overwrite=False, per_thread_copy_ahead=0)  # 0: no stream of a GPU in this thread
     writer.fs = files = _HashedFiles()

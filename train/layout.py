@@ -127,11 +127,11 @@ def make_layout(config: ExperimentConfig, ranks: Ranks) -> Layout:
     data = world // (tp * pp)
     if strategy == "ddp":
         if shard not in (None, 1):
-            raise UserError(f"parallel: ddp keeps the whole model on each rank, so dp_shard is 1, not {shard}; use fsdp")
+            raise UserError(f"parallel: ddp keeps the whole model on each rank, dp_shard is 1, not {shard}; use fsdp")
         shard, replicate = 1, data if replicate is None else replicate
     elif strategy == "fsdp":
         if replicate not in (None, 1):
-            raise UserError(f"parallel: fsdp has one copy of the model, so dp_replicate is 1, not {replicate}; use hsdp")
+            raise UserError(f"parallel: fsdp has one copy of the model, dp_replicate is 1, not {replicate}; use hsdp")
         replicate, shard = 1, data if shard is None else shard
     elif replicate is None and shard is None:
         raise UserError("parallel: hsdp needs dp_shard (ranks that share one copy of the model) or dp_replicate")

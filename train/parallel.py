@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from train.config import ExperimentConfig
 from train.distributed import Ranks
 from train.layout import Layout
-from train.models.transformer import BaseModelForCausalLM
+from train.models.transformer import BaseModelForCausalLM, DecoderBlock
 from train.pieces import pieces, whole_shape
 from train.pipeline import keep_stage
 from train.tensor_parallel import cut_matrices
@@ -45,9 +45,10 @@ def parallelize(model: BaseModelForCausalLM, config: ExperimentConfig, layout: L
         keep_stage(model, layout)
     if layout.tp > 1:
         cut_matrices(model, layout)
-    if config.training.activation_checkpointing is not None:
+    if (recompute := config.training.activation_checkpointing) is not None:
         for block in model.layers.children():
-            block.recompute = config.training.activation_checkpointing
+            assert isinstance(block, DecoderBlock)
+            block.recompute = recompute
     if config.training.compile and compiler_found(layout.ranks):
         for module in [*model.layers.children(), *([] if model.norm is None else [model.norm])]:
             module.compile(fullgraph=True)

@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 Result = TypeVar("Result")
+Recompute = Literal["none", "full", "selective"]
 
 KEPT = {
     "aten::mm",

@@ -1,7 +1,8 @@
 """Tensor parallelism: each rank of a group keeps a part of the heads and of the inner width of every block.
 
-Whole heads and whole inner units are cut, so a block works as it is, on fewer of them; `models.sequence` has what happens
-between the ranks. Fused matrices are cut in each of their parts: a rank's `qkv_proj` holds its query, key and value heads.
+Whole heads and whole inner units are cut, so a block works as it is, on fewer of them; `models.sequence` has what
+happens between the ranks. Fused matrices are cut in each of their parts: a rank's `qkv_proj` holds its query, key and
+value heads.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ class _Cutter:
         """Refuse what cannot be divided."""
         if any(unit % self.size for unit in units):
             fitting = [n for n in range(1, min(units) + 1) if not any(unit % n for unit in units)]
-            raise UserError(f"parallel.tp {self.size} does not divide {what}; {', '.join(map(str, fitting[-8:]))} would")
+            sizes = ", ".join(map(str, fitting[-8:]))
+            raise UserError(f"parallel.tp {self.size} does not divide {what}; {sizes} would")
 
     def linear(self, name: str, module: Linear, parts: list[int], *, units: list[int], what: str) -> None:
         """Cut the outputs of a linear layer that consists of `parts` (rows each)."""

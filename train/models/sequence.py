@@ -3,7 +3,7 @@
 Between attention and MLP each rank holds a part of each sequence; inside them each holds all of it and a part of the
 heads or of the inner width (Korthikanti et al. 2022, arXiv 2205.05198, section 4.2.2):
 
-    x [batch, length / ranks, hidden] -- gather --> [batch, length, hidden] -- own heads --> partial sums -- reduce --> x
+    x [batch, length / ranks, hidden] - gather --> [batch, length, hidden] -- own heads --> partial sums -- reduce --> x
 
 What is not cut (norms, routers, embedding) works on other tokens or other heads on each rank, so that its gradient is a
 part of a sum over the group, as in data parallelism.

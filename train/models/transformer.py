@@ -11,7 +11,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from train.loss import IGNORE_INDEX, loss_and_gradient, summed_loss, token_losses
 from train.models.attend import PACKED, Kernel, choose_kernel, warn_of_padding
@@ -23,6 +22,7 @@ from train.models.positions import Positions, cache_mask, causal_mask, document_
 from train.models.rope import inverse_frequencies, rotary_angles
 from train.models.sequence import SequenceShare
 from train.pieces import Cut
+from train.recompute import Recompute, recomputed
 
 
 @dataclass
@@ -67,11 +67,20 @@ class DecoderBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = mlp
         self.share: SequenceShare | None = None  # set where tensor parallelism cuts the block
+        self.recompute: Recompute = "full" if config.gradient_checkpointing else "none"
 
     def forward(
         self, x: Tensor, positions: Positions, cache: KeyValueCache | None = None, layer: int = 0
     ) -> tuple[Tensor, Routing | None]:
         """[batch, length, hidden] -> the same, and what the router did. `x` may be a share of the length."""
+        if self.recompute == "none" or not self.training or cache is not None:
+            return self.compute(x, positions, cache, layer)
+        return recomputed(self.compute, self.recompute, x, positions)
+
+    def compute(
+        self, x: Tensor, positions: Positions, cache: KeyValueCache | None = None, layer: int = 0
+    ) -> tuple[Tensor, Routing | None]:
+        """`forward` itself, whose activations may be kept for backward or not."""
         attended = self.self_attn(self._gather(self.input_layernorm(x)), positions, cache, layer)
         x = x + self._reduce(attended)
         inner = self._gather(self.post_attention_layernorm(x))
@@ -171,11 +180,7 @@ class BaseModelForCausalLM(nn.Module):
         x = self.embed_tokens(self._take(input_ids)).to(self.compute_dtype) if hidden is None else hidden
         routings: list[Routing] = []
         for name, layer in self.layers.named_children():
-            index = int(name)
-            if self.config.gradient_checkpointing and self.training and cache is None:
-                x, routing = checkpoint(layer, x, positions, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x, routing = layer(x, positions, cache, index)
+            x, routing = layer(x, positions, cache, int(name))
             if routing is not None:
                 routings.append(routing)
         load = torch.stack([routing.load for routing in routings]) if routings else None
