@@ -43,12 +43,12 @@ def experiment(folder: Path, mixture: dict, model: str, layout: str, steps: int,
     """An experiment file for one stretch of a run."""
     content: dict[str, dict] = {
         "model": {"type": None},
-        "training": {"max_steps": steps, "world_size": 1, "lr_scheduler": "constant", "gradient_accumulation_steps": 4},
+        "training": {"max_steps": steps, "world_size": 1, "warmup_steps": 0, "gradient_accumulation_steps": 4},
         "checkpointing": {"save_steps": LEG, "save_total_limit": None},
         "logging": {"eval_steps": None},
         "evaluation": {"max_tokens": 64},
     }
-    content["training"]["batch_size"] = 2
+    content["training"] |= {"batch_size": 2, "lr_scheduler": "constant"}
     if LAYOUTS[layout]:
         content["parallel"] = LAYOUTS[layout]
     for name, fields in sections.items():
