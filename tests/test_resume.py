@@ -315,17 +315,51 @@ def damage_no_metadata(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [damage_truncate, damage_missing, damage_metadata, damage_no_metadata])
-def test_a_damaged_checkpoint_is_refused_and_the_one_before_works(stopped, whole, damage):
+def test_a_damaged_newest_checkpoint_is_passed_over(stopped, whole, damage):
     checkpoint = step_folder(stopped.run, STOPPED)
     damage(checkpoint)
+    status, output = train_here(stopped.config)
+    assert status == 0, output
+    assert f"note: {checkpoint} is passed over: " in output
+    assert "step-00000008 at step 8" in output
+    assert rows(stopped.run) == rows(whole.run)
+    assert results(stopped.run) == results(whole.run)
+    assert (stopped.run / "checkpoints" / "superseded-1" / checkpoint.name).exists()
+
+
+def test_where_all_are_damaged_nothing_starts_anew(stopped):
+    for step in (8, STOPPED):
+        damage_missing(step_folder(stopped.run, step))
     message = refusal(stopped)
-    assert f"{checkpoint}: the checkpoint cannot be read" in message
+    assert "no checkpoint here can be gone on from (step-00000016: __0_0.distcp is missing)" in message
+    assert "resume_from_checkpoint=never" in message
+
+
+def test_a_changed_byte_is_refused_and_the_one_before_works(stopped, whole):
+    """Sizes do not tell: the hash does."""
+    checkpoint = step_folder(stopped.run, STOPPED)
+    path = next(checkpoint.glob("*.distcp"))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    message = refusal(stopped)
+    assert f"{checkpoint}: the checkpoint cannot be read (OSError: {path.name} is not as it was" in message
     assert "remove it, and the run goes on from the one before" in message
     shutil.rmtree(checkpoint)
     status, output = train_here(stopped.config)
     assert status == 0, output
     assert "at step 8" in output
-    assert rows(stopped.run) == rows(whole.run)
+    assert results(stopped.run) == results(whole.run)
+
+
+def test_a_checkpoint_of_old_loads(stopped, whole):
+    """Its state says nothing of files; the optimiser had no guard."""
+    path = step_folder(stopped.run, STOPPED) / "state.json"
+    state = json.loads(path.read_text())
+    for name in ("rollbacks", "resumable", "finite", "files"):
+        del state[name]
+    path.write_text(json.dumps(state))
+    goes_on(stopped)
     assert results(stopped.run) == results(whole.run)
 
 
