@@ -70,7 +70,7 @@ def _pretrain(config: ExperimentConfig, ranks: Ranks, closing: ExitStack) -> int
         torch.use_deterministic_algorithms(True)
     setup = prepare(config, ranks)
     plan, layout, total_steps = setup.plan, setup.layout, setup.total_steps
-    run = RunFolder(Path(config.checkpointing.output_dir), ranks)
+    run = closing.enter_context(contextlib.closing(RunFolder(Path(config.checkpointing.output_dir), ranks)))
     setup.checkpoints.say = run.say
     model: BaseModelForCausalLM = setup.model
     parallelize(model, config, layout, fill=setup.fills)

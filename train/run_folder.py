@@ -38,6 +38,12 @@ class RunFolder:
             self._log = AppendOnly(path / "logs" / "train.log", self._print)
         self._on_terminal = ranks.is_first and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 
+    def close(self) -> None:
+        """Let another process write here."""
+        if self._ranks.is_first:
+            self._log.close()
+            self._lock.close()
+
     def say(self, message: str) -> None:
         """Print a line and keep it in `logs/train.log`. A full disk or a reader that has gone does not end a run."""
         if self._ranks.is_first:
