@@ -207,18 +207,18 @@ def results(run_folder: Path) -> dict[str, Any]:
     return json.loads((run_folder / "results.json").read_text())
 
 
-def train_here(config: Path, *overrides: str) -> tuple[int, str]:
+def train_here(config: Path, *overrides: str, stage: str = "pretrain") -> tuple[int, str]:
     """The command in this process, as `run_command(main)` runs it: exit status, and what it printed."""
     from shards.errors import run_command
     from train.pretrain import main
 
     output, arguments = io.StringIO(), sys.argv
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    sys.argv = ["train/pretrain.py", "--config", str(config), *overrides]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
+    sys.argv = [f"train/{stage}.py", "--config", str(config), *overrides]
     status = 0
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            run_command(main)
+            run_command(lambda: main(stage))
     except SystemExit as stop:
         status = int(stop.code or 0)
     finally:
