@@ -183,7 +183,10 @@ class Checkpoints:
         self._writing = self._thread.submit(self._write, state, tensors)
         if wait:
             writing, self._writing = self._writing, None
-            self.say(writing.result())
+            try:
+                self.say(writing.result())
+            except UserError as error:
+                raise UserError(f"{error}: make room, then the same command goes on from the newest") from error
         elif not self._section.async_save:
             self.wait()
         return time.perf_counter() - start
@@ -228,8 +231,7 @@ class Checkpoints:
             if self._ranks.is_first:
                 self._remove_unfinished()
             raise UserError(
-                f"{final}: the checkpoint could not be written ({reason(error)}); the earlier ones are unharmed: make "
-                "room, then the same command goes on from the newest"
+                f"{final}: the checkpoint could not be written ({reason(error)}); the earlier ones are unharmed"
             ) from error
         size = sum(entry["bytes"] for entry in files.values())
         kind = "" if state.resumable else ", weights only"
