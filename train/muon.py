@@ -38,7 +38,8 @@ GROUP_BYTES = 2**28  # of a buffer of the exchange
 class Muon:
     """Muon for the matrices of the blocks.
 
-    `momentum` holds the running mean of the gradients by parameter name, laid out (sharded) as the parameter is.
+    `momentum` holds the running mean of the gradients by parameter name, laid out (sharded) as the parameter is, in the
+    dtype that `optimizer_state_dtype` says.
 
     Attributes:
         dtype: in which matrices travel and are orthogonalised: bf16 on GPUs, as its error is far below that of five
