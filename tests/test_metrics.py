@@ -8,6 +8,7 @@ import json
 import os
 import re
 import resource
+import select
 import sys
 from types import SimpleNamespace
 
@@ -194,6 +195,25 @@ def test_a_full_disk_does_not_end_a_run(alone, tmp_path, monkeypatch):
         assert len(re.findall(rf"{name} can be written again", output)) == 1
     log = (tmp_path / "run" / "logs" / "train.log").read_text()
     assert re.findall(r"step +(\d+)/8 ", log) == [str(step) for step in range(1, 9)]
+
+
+def test_a_disk_that_only_refuses_to_sync_does_not_work(tmp_path, monkeypatch):
+    """As a full network file system does, which takes every line at first."""
+    said, path = [], tmp_path / "lines"
+    lines = AppendOnly(path, said.append)
+
+    def refuse(number: int) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.append.os, "fsync", refuse)
+        for number in range(4):
+            lines.write(b"%d\n" % number)
+            lines.sync()
+    assert len(said) == 1
+    lines.write(b"4\n")
+    assert said[1:] == [f"{path} can be written again; nothing is missing"]
+    assert path.read_bytes() == b"0\n1\n2\n3\n4\n"
 
 
 # Mirrors
@@ -480,6 +500,16 @@ def screen(output: str) -> list[str]:
     return lines
 
 
+def read_until(controller: int, ending: str) -> str:
+    """What arrives at a terminal, which may take its time."""
+    output = ""
+    while not output.endswith(ending):
+        ready, _, _ = select.select([controller], [], [], 20)
+        assert ready, output
+        output += os.read(controller, 4096).decode()
+    return output
+
+
 def test_the_status_line_on_a_terminal(tmp_path, monkeypatch):
     controller, terminal = os.openpty()
     monkeypatch.setenv("TERM", "xterm")
@@ -492,9 +522,9 @@ def test_the_status_line_on_a_terminal(tmp_path, monkeypatch):
             folder.status(f"step {step}, a long text" + " that wraps" * step)
         folder.say("short")
         folder.status("step 12")
-        shown = screen(os.read(controller, 100_000).decode())
+        shown = screen(read_until(controller, "step 12"))
         folder.say("the end")
-        after = screen(os.read(controller, 100_000).decode())
+        after = screen(read_until(controller, "the end\r\n"))
     os.close(controller)
     assert shown == ["a line", "short", "step 12"]
     assert after == ["the end", ""]

@@ -18,18 +18,16 @@ CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, CPU, None)
 
 
-def steps_in(folder) -> list[int]:
-    """The steps that the trace in a run's folder shows, in their order in time."""
+def trace(folder) -> list[str]:
+    """What ran, in the order of its start, as the trace in a run's folder has it."""
     with gzip.open(folder / "logs" / "profile" / "trace-rank00000.json.gz") as file:
-        events = json.load(file)["traceEvents"]
-    marks = {event["ts"]: event["name"] for event in events if re.fullmatch(r"step \d+", event.get("name", ""))}
-    return [int(marks[time].split()[1]) for time in sorted(marks)]
+        events = [event for event in json.load(file)["traceEvents"] if event["ph"] == "X"]
+    return [event["name"] for event in sorted(events, key=lambda event: event["ts"])]
 
 
-def calls_of(folder, operator: str) -> int:
-    """How often an operator ran, as the table says."""
-    line = re.search(rf"^ *{operator} .* (\d+) *$", (folder / "logs" / "profile" / "operators.txt").read_text(), re.M)
-    return int(line[1]) if line else 0
+def steps_in(names: list[str]) -> list[int]:
+    """The steps of a trace."""
+    return [int(name.removeprefix("step ")) for name in names if re.fullmatch(r"step \d+", name)]
 
 
 def loop(profiler: Profiler, first: int, last: int) -> None:
@@ -53,9 +51,12 @@ def loop(profiler: Profiler, first: int, last: int) -> None:
 def test_exactly_these_steps(tmp_path, steps, first, last, recorded):
     said = []
     loop(Profiler(ProfileSection(steps=steps), tmp_path, ALONE, said.append), first, last)
-    assert steps_in(tmp_path) == recorded
-    assert calls_of(tmp_path, "aten::mm") == len(recorded)
-    memory = (tmp_path / "logs" / "profile" / "memory.txt").read_text()
+    names = trace(tmp_path)
+    assert steps_in(names) == recorded
+    assert names.count("aten::mm") == len(recorded)
+    profile = tmp_path / "logs" / "profile"
+    operators, memory = (profile / "operators.txt").read_text(), (profile / "memory.txt").read_text()
+    assert re.search(rf"aten::mm .* {len(recorded)} *$", operators, re.MULTILINE)
     largest = next(line.split() for line in memory.splitlines() if "aten::" in line)
     assert largest[0] == "aten::mm"  # before all others: its result
     assert said == [
@@ -102,7 +103,8 @@ def test_a_run_with_a_profile(tmp_path):
     )
     status, output = train_here(config)
     assert status == 0, output
-    assert steps_in(tmp_path / "run") == [3, 4]
+    names = trace(tmp_path / "run")
+    assert steps_in(names) == [3, 4]
     assert f"profile of steps 3 to 4 in {tmp_path / 'run' / 'logs' / 'profile'}" in output
     # Two steps of two micro-batches, each with an embedding that is looked up once.
-    assert calls_of(tmp_path / "run", "aten::embedding") == 4
+    assert names.count("aten::embedding") == 4
