@@ -99,6 +99,17 @@ def test_a_second_save_waits_for_the_first(run, monkeypatch):
     assert steps(checkpoints) == [1, 2]
 
 
+def test_memory_is_there_before_the_first_save(run):
+    checkpoints = run.open()
+    checkpoints.reserve(run.model, run.optimizer)
+    checkpoints.wait()
+    memory = checkpoints._memory._memory
+    assert memory.nbytes >= sum(tensor.nbytes for tensor in (*run.model.parameters(), *run.optimizer.exp_avg.values()))
+    checkpoints.save(state(1), run.model, run.optimizer, wait=True)
+    assert checkpoints._memory._memory is memory
+    assert len(run.said) == 1
+
+
 @pytest.mark.parametrize(("fields", "options"), [({"async_save": False}, {}), ({}, {"wait": True})])
 def test_it_is_there_when_waited_for(run, fields, options):
     checkpoints = run.open(**fields)

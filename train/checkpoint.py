@@ -22,7 +22,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -82,7 +82,7 @@ class Checkpoints:
         self._group = None if layout.ranks.host_group is None else dist.new_group(backend="gloo")
         self._memory = HostMemory(layout.ranks.device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._writing: Future[str] | None = None
+        self._writing: Future[Any] | None = None
 
     def all(self) -> list[Path]:
         """Complete checkpoints of this run, oldest first, with those that hold weights only."""
@@ -159,6 +159,10 @@ class Checkpoints:
             os.replace(path, target / path.name)
         return target
 
+    def reserve(self, model: BaseModelForCausalLM, optimizer: Optimizer) -> None:
+        """Get the host's memory for the copies in the background, so that the first save does not have to."""
+        self._writing = self._thread.submit(self._memory.reserve, stored_tensors(model, optimizer))
+
     def save(self, state: RunState, model: BaseModelForCausalLM, optimizer: Optimizer, *, wait: bool = False) -> float:
         """Copy the model and the optimiser, and write a checkpoint of them in the background.
 
@@ -180,14 +184,15 @@ class Checkpoints:
         every = self._section.save_optimizer_every
         state = dataclasses.replace(state, resumable=wait or every is None or state.step % every == 0)
         tensors = self._memory.copy(stored_tensors(model, optimizer if state.resumable else None))
-        self._writing = self._thread.submit(self._write, state, tensors)
+        writing = self._thread.submit(self._write, state, tensors)
         if wait:
-            writing, self._writing = self._writing, None
             try:
                 self.say(writing.result())
             except UserError as error:
                 raise UserError(f"{error}: make room, then the same command goes on from the newest") from error
-        elif not self._section.async_save:
+            return time.perf_counter() - start
+        self._writing = writing
+        if not self._section.async_save:
             self.wait()
         return time.perf_counter() - start
 
@@ -197,7 +202,8 @@ class Checkpoints:
             return
         writing, self._writing = self._writing, None
         try:
-            self.say(writing.result())
+            if message := writing.result():
+                self.say(message)
         except UserError as error:
             self.say(f"warning: {error}; the next save tries again")
 

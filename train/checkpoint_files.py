@@ -32,11 +32,25 @@ class HostMemory:
         self._memory = np.empty(0, np.uint8)
         self._unlock: weakref.finalize | None = None
 
+    def reserve(self, tensors: dict[str, StoredTensor]) -> None:
+        """Make room for tensors, which for page-locked memory takes a while."""
+        size = sum(_aligned(part.tensor.nbytes) for tensor in tensors.values() for part in tensor.parts)
+        if size <= self._memory.nbytes:
+            return
+        if self._unlock is not None:
+            self._unlock()
+        self._memory = np.empty(size, np.uint8)  # numpy asks for huge pages, which are faster to get
+        self._memory.fill(0)  # now, not at the first copy
+        if self._device.type == "cuda":  # PyTorch's own page-locked memory is rounded up to a power of two
+            runtime, address = torch.cuda.cudart(), self._memory.ctypes.data
+            with torch.cuda.device(self._device):  # a thread begins with the first GPU
+                torch.cuda.check_error(runtime.cudaHostRegister(address, size, 0))
+            self._unlock = weakref.finalize(self, runtime.cudaHostUnregister, address)
+            self._unlock.atexit = False
+
     def copy(self, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
         """The same tensors in this memory, which the next copy overwrites."""
-        total = sum(_aligned(part.tensor.nbytes) for tensor in tensors.values() for part in tensor.parts)
-        if total > self._memory.nbytes:
-            self._allocate(total)
+        self.reserve(tensors)
         offset, copies = 0, {}
         for name, tensor in tensors.items():
             parts = []
@@ -50,16 +64,6 @@ class HostMemory:
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
         return copies
-
-    def _allocate(self, size: int) -> None:
-        if self._unlock is not None:
-            self._unlock()
-        self._memory = np.empty(size, np.uint8)  # numpy asks for huge pages, which are faster to get
-        if self._device.type == "cuda":  # PyTorch's own page-locked memory is rounded up to a power of two
-            runtime, address = torch.cuda.cudart(), self._memory.ctypes.data
-            torch.cuda.check_error(runtime.cudaHostRegister(address, size, 0))
-            self._unlock = weakref.finalize(self, runtime.cudaHostUnregister, address)
-            self._unlock.atexit = False
 
 
 def _aligned(size: int) -> int:
