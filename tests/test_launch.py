@@ -126,8 +126,6 @@ def test_midtraining_starts_from_a_run(mixture, uninterrupted, tmp_path):
     assert rows(tmp_path / "run")[-1]["step"] == 4
     config_used = load_yaml(tmp_path / "run" / "config.yaml")
     assert config_used["checkpointing"]["resume_from_checkpoint"] == "auto"
-    finish(minigpt_train(config, "--nproc", "1", "--resume", "never", "training.max_steps=1"))
-    assert [row["step"] for row in rows(tmp_path / "run") if "loss" in row] == [1]
 
 
 def test_a_dry_run_shows_everything_and_writes_nothing(mixture, tmp_path):
@@ -142,9 +140,6 @@ def test_a_dry_run_shows_everything_and_writes_nothing(mixture, tmp_path):
     assert "layout: 4 rank(s), fsdp x dp_shard 2 x tp 2; 2 data rank(s) x 1 micro-batch(es) x 4 windows" in output
     first = train_here_first_document(mixture)
     assert first in output
-    missing = finish(minigpt_train(config, "--nproc", "3", "--dry-run"), 2)
-    assert "needs a multiple of 2 ranks" in missing
-    assert sorted(tmp_path.rglob("*")) == before
 
 
 def train_here_first_document(mixture: dict) -> str:
@@ -185,7 +180,9 @@ def test_mistakes_end_in_one_message(mixture, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert "--nproc 3: this machine has 2 GPU(s)" in message("--config", str(config), "--nproc", "3")
     assert launch.processes(None) == launch.processes(2) == 2
-    assert "'--npoc': an override is written" in message("--config", str(config), "--npoc", "2")
+    assert "unknown option '--npoc'; did you mean '--nproc'?" in message("--config", str(config), "--npoc", "2")
+    config = write_experiment(tmp_path, mixture, parallel={"strategy": "fsdp", "tp": 2})
+    assert "needs a multiple of 2 ranks" in message("--config", str(config), "--nproc", "3", "--dry-run")
 
 
 def test_an_entry_file_refuses_another_stage(mixture, tmp_path):

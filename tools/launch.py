@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from shards.errors import UserError, run_command
+from shards.errors import UserError, run_command, unknown_name
 from train.config import load_experiment
 from train.signals import REQUEUE
 
@@ -60,6 +60,9 @@ def launch() -> None:
     )
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="replaces a field of the file")
     arguments, dashed = parser.parse_known_args()  # --section.field=value is taken as well
+    if unknown := [word for word in dashed if word.startswith("-") and "=" not in word]:
+        known = ["--config", "--nproc", "--resume", "--dry-run"]
+        raise UserError(unknown_name("option", unknown[0], known))
     overrides = [*arguments.overrides, *dashed]
     resume = arguments.resume
     if resume is not None and "=" in resume and not Path(resume).exists():  # --resume section.field=value
