@@ -8,14 +8,16 @@ import re
 
 import pytest
 import torch
-from training_runs import train_here, write_experiment, write_sources
+from training_runs import rows, train_here, write_experiment, write_sources
 
 from train.config import ProfileSection
 from train.distributed import Ranks
 from train.profiling import Profiler
+from train.speed import Speed
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, CPU, None)
+SPEED = Speed(0, 100, 1, flops_per_token=1, flops_per_token_full=1, peak=None, devices=1, device=CPU)
 
 
 def trace(folder) -> list[str]:
@@ -50,7 +52,7 @@ def loop(profiler: Profiler, first: int, last: int) -> None:
 )
 def test_exactly_these_steps(tmp_path, steps, first, last, recorded):
     said = []
-    loop(Profiler(ProfileSection(steps=steps), tmp_path, ALONE, said.append), first, last)
+    loop(Profiler(ProfileSection(steps=steps), tmp_path, ALONE, SPEED, said.append), first, last)
     names = trace(tmp_path)
     assert steps_in(names) == recorded
     assert names.count("aten::mm") == len(recorded)
@@ -80,7 +82,7 @@ def test_nothing_happens_otherwise(tmp_path, monkeypatch, section, ranks):
     monkeypatch.setattr("train.profiling.profile", refuse)
     monkeypatch.setattr("train.profiling.record_function", refuse)
     said = []
-    loop(Profiler(section, tmp_path, ranks, said.append), 1, 9)
+    loop(Profiler(section, tmp_path, ranks, SPEED, said.append), 1, 9)
     assert not said
     assert not list(tmp_path.iterdir())
 
@@ -88,7 +90,7 @@ def test_nothing_happens_otherwise(tmp_path, monkeypatch, section, ranks):
 def test_a_disk_that_is_full_does_not_end_the_run(tmp_path):
     (tmp_path / "logs").write_text("no folder")
     said = []
-    loop(Profiler(ProfileSection(steps=(1, 2)), tmp_path, ALONE, said.append), 1, 9)
+    loop(Profiler(ProfileSection(steps=(1, 2)), tmp_path, ALONE, SPEED, said.append), 1, 9)
     assert len(said) == 1
     assert "the profile could not be written (Not a directory)" in said[0]
 
@@ -108,3 +110,5 @@ def test_a_run_with_a_profile(tmp_path):
     assert f"profile of steps 3 to 4 in {tmp_path / 'run' / 'logs' / 'profile'}" in output
     # Two steps of two micro-batches, each with an embedding that is looked up once.
     assert names.count("aten::embedding") == 4
+    written = {row["step"]: row["blocked"]["log"] for row in rows(tmp_path / "run", timed=True) if "loss" in row}
+    assert written[5] > 0.5  # the time that the files took is stated as such

@@ -84,11 +84,12 @@ def _pretrain(config: ExperimentConfig, ranks: Ranks, closing: ExitStack) -> int
         run.say("no validation: evaluation.datasets is empty and no source has a val/ part (--val-fraction makes one)")
     experts = ExpertBalance(model, layout)
     sources = SourceLosses([source.name for source in plan.sources], ranks.device)
-    profiler = closing.enter_context(Profiler(config.profile, run.path, ranks, run.say))
     speed = setup.speed(state.step)
+    profiler = closing.enter_context(Profiler(config.profile, run.path, ranks, speed, run.say))
     loader = setup.loader(state)
     log = MetricsLog(run.path, config, setup.past_steps(state), run.say) if ranks.is_first else None
     step, first_step, said_skips = state.step, state.step + 1, state.skipped_steps
+    row: dict[str, Any] = {}  # the last one of the log
 
     def write(row: dict[str, Any]) -> None:
         if log is not None:
@@ -166,7 +167,7 @@ def _pretrain(config: ExperimentConfig, ranks: Ranks, closing: ExitStack) -> int
                 speed.go_back(step)
                 continue
         else:
-            run.status(speed.status(step, None))
+            run.status(speed.status(step, row.get("loss")))
         if last or (config.logging.eval_steps and step % config.logging.eval_steps == 0):
             evaluate()
         if last or stopping or step % config.checkpointing.save_steps == 0:

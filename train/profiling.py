@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from train.config import ProfileSection
 from train.distributed import Ranks
+from train.speed import Speed
 
 ALLOCATIONS = 100_000  # that a memory snapshot goes back
 OPERATORS = 50  # rows of a table
@@ -23,9 +24,11 @@ class Profiler:
     `memory-rank00000.pickle` (for pytorch.org/memory_viz), on a CPU `memory.txt` (operators by what they allocated).
     """
 
-    def __init__(self, section: ProfileSection | None, run: Path, ranks: Ranks, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, section: ProfileSection | None, run: Path, ranks: Ranks, speed: Speed, say: Callable[[str], None]
+    ) -> None:
         self._steps = section.steps if section is not None and ranks.is_first else None
-        self._folder, self._device, self._say = run / "logs" / "profile", ranks.device, say
+        self._folder, self._device, self._speed, self._say = run / "logs" / "profile", ranks.device, speed, say
         self._profile: profile | None = None
         self._recorded: list[int] = []
         self._mark: record_function | None = None  # the current step, as the trace shows it
@@ -42,7 +45,8 @@ class Profiler:
             self._finish()
             return
         if self._profile is None:
-            self._start()
+            with self._speed.waiting("log"):
+                self._start()
         self._recorded.append(number)
         self._mark = record_function(f"step {number}")
         self._mark.__enter__()
@@ -71,10 +75,11 @@ class Profiler:
             return
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        self._profile.stop()
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            names = self._write(self._profile)
+            with self._speed.waiting("log"):
+                self._profile.stop()
+                self._folder.mkdir(parents=True, exist_ok=True)
+                names = self._write(self._profile)
             self._say(f"profile of steps {self._recorded[0]} to {self._recorded[-1]} in {self._folder}: {names}")
         except OSError as error:  # as of a full disk: it is not worth a run
             self._say(f"{self._folder}: the profile could not be written ({error.strerror or error})")
