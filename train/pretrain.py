@@ -133,8 +133,7 @@ def _pretrain(config: ExperimentConfig, ranks: Ranks, closing: ExitStack) -> int
             assert output.loss is not None
             loss += output.loss / tokens
             experts.add(output, tokens)
-            if output.window_losses is not None:
-                sources.add(output.window_losses, (batch.labels != IGNORE_INDEX).sum(1), batch.sources)
+            sources.add(output.window_losses, (batch.labels != IGNORE_INDEX).sum(1), batch.sources)
         norm, skipped = optimizer.step(rate)
         balance = experts.finish_step(skipped)
         if step == first_step:

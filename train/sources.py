@@ -18,16 +18,18 @@ class SourceLosses:
         # float64 holds sums of float32 exactly, in whatever order a GPU adds them, and counts up to 2^53.
         self._sums = torch.zeros(len(names), 2, dtype=torch.float64, device=device)
 
-    def add(self, window_losses: Tensor, window_tokens: Tensor, source_index: Tensor) -> None:
+    def add(self, window_losses: Tensor | None, window_tokens: Tensor, source_index: Tensor) -> None:
         """Count a micro-batch; its tensors may be on the host.
 
         Args:
-            window_losses: float32 [batch], sum of each window's token losses, or this rank's share of it.
+            window_losses: float32 [batch], sum of each window's token losses, or this rank's share of it; None: it has
+                no share, as the first stage of a pipeline.
             window_tokens: int64 [batch], tokens of each window that have a loss, alike on all ranks that share it.
             source_index: int32 [batch], each window's source, as the number of its name.
         """
+        losses = torch.zeros_like(window_tokens) if window_losses is None else window_losses
         device = self._sums.device
-        values = [part.detach().to(device, torch.float64, non_blocking=True) for part in (window_losses, window_tokens)]
+        values = [part.detach().to(device, torch.float64, non_blocking=True) for part in (losses, window_tokens)]
         self._sums.index_add_(0, source_index.to(device, non_blocking=True), torch.stack(values, 1))
 
     def collect(self, layout: Layout) -> dict[str, dict[str, Tensor]]:
