@@ -58,7 +58,11 @@ class HostMemory:
                 # Each with a storage of its own: the writer would copy a slice of a larger one once more.
                 host = torch.frombuffer(self._memory, dtype=tensor.dtype, count=part.tensor.numel(), offset=offset)
                 parts.append(Piece(part.offsets, host.view(part.tensor.shape)))
-                parts[-1].tensor.copy_(part.tensor, non_blocking=True)
+                if self._device.type == "cuda":
+                    parts[-1].tensor.copy_(part.tensor, non_blocking=True)
+                else:  # by one thread, at memory's rate: PyTorch's copy waits for threads on busy cores, 4x as long
+                    source = part.tensor.contiguous().view(-1).view(torch.uint8).numpy()
+                    np.copyto(self._memory[offset : offset + len(source)], source)
                 offset += _aligned(part.tensor.nbytes)
             copies[name] = StoredTensor(tuple(tensor.shape), tensor.dtype, parts)
         if self._device.type == "cuda":
