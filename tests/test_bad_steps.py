@@ -62,7 +62,7 @@ def assert_recovered(run: Path, clean: Path) -> None:
     assert all(math.isfinite(loss) for loss in found)
     assert math.isfinite(results(run)["val_loss"])
     assert fmean(found[-10:]) == pytest.approx(fmean(losses(clean)[len(found) - 10 : len(found)]), abs=0.2)
-    assert found[0] - fmean(found[-10:]) > 1
+    assert found[0] - fmean(found[-10:]) > 0.7
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(train, clean):
@@ -150,10 +150,10 @@ def test_without_a_limit_bad_steps_are_only_skipped(train, clean):
 
 @pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_two_ranks_skip_and_roll_back_alike(mixture, tmp_path, strategy):
-    """The gradient of one rank is bad; both skip, or their weights would differ."""
-    sections = {**SECTIONS, "training": {**SECTIONS["training"], "gradient_accumulation_steps": 1, "max_steps": 40}}
+    """The gradient of one rank is bad; both skip, or their weights would differ. Ten need not be in a row."""
+    sections = {**SECTIONS, "training": {**SECTIONS["training"], "gradient_accumulation_steps": 1, "max_steps": 45}}
     config = write_experiment(tmp_path, mixture, **sections, parallel={"strategy": strategy})
-    poison = json.dumps({"steps": [5, *range(21, 31)], "factor": math.nan, "rank": 1})
+    poison = json.dumps({"steps": [25, *range(31, 40), 42], "factor": math.nan, "rank": 1})
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [str(ROOT / "tests" / "poisoned_run.py"), poison, "--config", str(config)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -161,9 +161,9 @@ def test_two_ranks_skip_and_roll_back_alike(mixture, tmp_path, strategy):
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "run"
     found = steps(run)
-    assert [row["step"] for row in found] == list(range(1, 41))
-    assert [row["skipped_steps"] for row in found] == [0] * 4 + [1] * 36
-    skipped = {"step": 20, "first_sample": 20 * GLOBAL_BATCH, "next_sample": 29 * GLOBAL_BATCH}
+    assert [row["step"] for row in found] == list(range(1, 46))
+    assert [row["skipped_steps"] for row in found] == [0] * 41 + [1] * 4
+    skipped = {"step": 20, "first_sample": 20 * GLOBAL_BATCH, "next_sample": 39 * GLOBAL_BATCH}
     assert json.loads((run / "rollbacks.json").read_text()) == [skipped]
-    assert found[-1]["next_sample"] == (40 + 9) * GLOBAL_BATCH
+    assert found[-1]["next_sample"] == (45 + 19) * GLOBAL_BATCH
     assert found[-1]["loss"] < found[0]["loss"] - 0.5
