@@ -1,4 +1,4 @@
-"""What a run says of itself: rows that a full disk delays, trackers that fail, speed, sources, the terminal."""
+"""What a run says of itself: rows that a full disk delays, trackers that fail, losses of the sources."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import json
 import os
 import re
 import resource
-import select
 import sys
 from types import SimpleNamespace
 
@@ -27,9 +26,8 @@ from train.config import load_experiment
 from train.distributed import Ranks
 from train.layout import Layout
 from train.metrics import MetricsLog, numbers, read_metrics
-from train.run_folder import RunFolder
 from train.sources import SourceLosses
-from train.speed import MEASURED, Speed, memory_gb
+from train.speed import MEASURED
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, CPU, None)
@@ -291,102 +289,6 @@ def test_numbers_are_fetched_as_what_they_are():
     assert numbers({"a": 1, "b": {}}) == {"a": 1, "b": {}}
 
 
-# Speed
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """Time that passes when the test says so."""
-    now = SimpleNamespace(seconds=1000.0)
-    monkeypatch.setattr(train.speed.time, "perf_counter", lambda: now.seconds)
-
-    def wait(seconds: float) -> None:
-        now.seconds += seconds
-
-    return wait
-
-
-def new_speed(peak: float | None = 1e9, devices: int = 2) -> Speed:
-    return Speed(10, 110, 500, flops_per_token=1000, flops_per_token_full=1200, peak=peak, devices=devices, device=CPU)
-
-
-def test_speed_by_hand(clock):
-    speed = new_speed()
-    assert speed.status(11, None) == "step     11/110"
-    with speed.waiting("data"):
-        clock(2)
-    clock(6)
-    with speed.waiting("evaluate"):
-        clock(4)
-        with speed.waiting("log"):  # belongs to the validation
-            clock(1)
-    for seconds in (3, 4):
-        with speed.waiting("save"):
-            clock(seconds)
-    row = speed.measure(14)  # 20 s, of which 5 + 7 are no training; 4 steps
-    assert row.pop("memory_gb").keys() == {"resident", "peak"}
-    assert row == {
-        "tokens_per_second": 4 * 500 / 8,
-        "tflops_per_device": pytest.approx(4 * 500 / 8 * 1000 / 2 / 1e12),
-        "mfu": pytest.approx(4 * 500 / 8 * 1000 / 2 / 1e9),
-        "mfu_full": pytest.approx(4 * 500 / 8 * 1200 / 2 / 1e9),
-        "data_wait": 2 / 20,
-        "blocked": {"evaluate": 5 / 20, "log": 0.0, "save": 7 / 20},
-    }
-    assert speed.status(14, 2.34567) == "step     14/110  loss 2.3457  250 tok/s  ETA 3m12s"  # 96 steps of 2 s
-    assert speed.status(62, None) == "step     62/110  250 tok/s  ETA 1m36s"
-    clock(5)
-    row = speed.measure(15)
-    assert (row["tokens_per_second"], row["data_wait"]) == (100, 0)
-    assert row["blocked"] == {"evaluate": 0, "log": 0, "save": 0}
-    assert speed.account() == "25s since the start, of it waiting for data 8.0%, evaluate 20.0%, log 0.0%, save 28.0%"
-
-
-def test_a_rollback_is_no_negative_speed(clock):
-    speed = new_speed()
-    clock(10)
-    speed.measure(20)
-    with speed.waiting("save"):
-        clock(10)
-    speed.go_back(12)
-    clock(10)
-    row = speed.measure(14)
-    assert row["tokens_per_second"] == 100
-    assert row["blocked"]["save"] == 0
-    assert "save 33.3%" in speed.account()
-
-
-def test_a_wait_that_fails_is_counted_and_over(clock):
-    speed = new_speed()
-
-    def no_more_batches() -> None:
-        clock(1)
-        raise StopIteration
-
-    with pytest.raises(StopIteration), speed.waiting("data"):
-        no_more_batches()
-    with speed.waiting("save"):
-        clock(3)
-    row = speed.measure(11)
-    assert (row["data_wait"], row["blocked"]["save"]) == (0.25, 0.75)
-
-
-def test_no_mfu_without_a_peak(clock):
-    clock(1)
-    assert not {"mfu", "mfu_full"} & new_speed(peak=None).measure(11).keys()
-    assert set(new_speed().measure(11)) == set(MEASURED)
-
-
-def test_memory_of_the_process():
-    before = memory_gb(CPU)
-    block = np.ones(200_000_000, np.uint8)
-    during = memory_gb(CPU)
-    assert during["resident"] - before["resident"] == pytest.approx(0.2, abs=0.02)
-    assert during["peak"] >= during["resident"] * 0.999
-    assert during["peak"] == pytest.approx(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, rel=0.02)
-    assert block[0] == 1
-
-
 # Sources
 
 
@@ -482,81 +384,3 @@ def test_sources_are_the_same_on_two_ranks(alone, tmp_path, axis):
             if found[name]["tokens"]:
                 assert found[name]["loss"] == pytest.approx(expected[name]["loss"], rel=1e-5)
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["hardware"]["layout"] == f"fsdp x {axis} 2"
-
-
-# The terminal
-
-
-def screen(output: str) -> list[str]:
-    """Lines that a terminal shows: a carriage return goes back, ESC [ K erases to the end of the line."""
-    lines, column = [""], 0
-    for token in re.findall(r"\r\n|\n|\r|\x1b\[K|[^\r\n\x1b]+", output):
-        if token in ("\n", "\r\n"):
-            lines.append("")
-            column = 0
-        elif token == "\r":
-            column = 0
-        elif token == "\x1b[K":
-            lines[-1] = lines[-1][:column]
-        else:
-            lines[-1] = lines[-1][:column] + token + lines[-1][column + len(token) :]
-            column += len(token)
-    return lines
-
-
-def read_until(controller: int, ending: str) -> str:
-    """What arrives at a terminal, which may take its time."""
-    output = ""
-    while not output.endswith(ending):
-        ready, _, _ = select.select([controller], [], [], 20)
-        assert ready, output
-        output += os.read(controller, 4096).decode()
-    return output
-
-
-def test_the_status_line_on_a_terminal(tmp_path, monkeypatch):
-    controller, terminal = os.openpty()
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "40")
-    with os.fdopen(terminal, "w") as stdout:
-        monkeypatch.setattr(sys, "stdout", stdout)
-        folder = RunFolder(tmp_path, ALONE)
-        folder.say("a line")
-        for step in range(9, 12):
-            folder.status(f"step {step}, a long text" + " that wraps" * step)
-        folder.say("short")
-        folder.status("step 12")
-        shown = screen(read_until(controller, "step 12"))
-        folder.say("the end")
-        after = screen(read_until(controller, "the end\r\n"))
-    os.close(controller)
-    assert shown == ["a line", "short", "step 12"]
-    assert after == ["the end", ""]
-    assert [line.split(" ", 1)[1] for line in (tmp_path / "logs" / "train.log").read_text().splitlines()] == [
-        "a line",
-        "short",
-        "the end",
-    ]
-
-
-def test_no_status_line_elsewhere(tmp_path, monkeypatch, capsys):
-    folder = RunFolder(tmp_path, ALONE)
-    folder.status("step 12")
-    folder.say("a line")
-    assert capsys.readouterr().out == "a line\n"
-    other = RunFolder(tmp_path, Ranks(1, 2, CPU, None))
-    other.say("nothing")
-    other.status("nothing")
-    assert capsys.readouterr().out == ""
-
-
-def test_a_terminal_that_has_gone_does_not_end_a_run(tmp_path, monkeypatch):
-    controller, terminal = os.openpty()
-    with os.fdopen(terminal, "w") as stdout:
-        monkeypatch.setattr(sys, "stdout", stdout)
-        folder = RunFolder(tmp_path, ALONE)
-        os.close(controller)
-        for number in range(3):
-            folder.status(f"step {number}")
-            folder.say(f"line {number}")
-    assert len((tmp_path / "logs" / "train.log").read_text().splitlines()) == 3
