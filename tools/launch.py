@@ -79,11 +79,7 @@ def launch() -> None:
     entry = os.path.relpath(ROOT / ENTRY_FILES[config.experiment.stage])
     program = [entry, "--config", arguments.config, *overrides]
     torchrun = ["--standalone", "--nproc-per-node", str(nproc)]
-    if nproc == 1:
-        print(shlex.join(["python", *program]), flush=True)
-        sys.exit(run_ranks([sys.executable, *program], torchrun=False))
-    print(shlex.join(["torchrun", *torchrun, *program]), flush=True)
-    sys.exit(run_ranks([sys.executable, "-m", "torch.distributed.run", *torchrun, *program], torchrun=True))
+    sys.exit(run_ranks(["torchrun", *torchrun, *program] if nproc > 1 else ["python", *program]))
 
 
 def processes(asked: int | None) -> int:
@@ -106,14 +102,13 @@ def processes(asked: int | None) -> int:
     return asked
 
 
-def run_ranks(command: list[str], *, torchrun: bool) -> int:
-    """Run a command to its end while handing the signals that ask a run to stop on to its ranks.
+def run_ranks(command: list[str]) -> int:
+    """Print a command and run it to its end while handing the signals that ask a run to stop on to its ranks.
 
     A rank gets a signal as soon as it catches it: before that it would die of it.
 
     Args:
-        command: a single rank, or torchrun with several.
-        torchrun: whether the ranks are the command's children.
+        command: "python …", a single rank, or "torchrun …", whose children the ranks are.
 
     Returns:
         the exit status: that of the command; 75 where SIGUSR2 stopped the ranks of torchrun, which has no status for
@@ -122,8 +117,11 @@ def run_ranks(command: list[str], *, torchrun: bool) -> int:
     received: list[int] = []
     for stop in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         signal.signal(stop, lambda number, _: received.append(number))
+    print(shlex.join(command), flush=True)
+    torchrun = command[0] == "torchrun"
+    program = [sys.executable, *(["-m", "torch.distributed.run"] if torchrun else []), *command[1:]]
     # In a session of its own Ctrl-C reaches it only through here.
-    process = subprocess.Popen(command, start_new_session=True)
+    process = subprocess.Popen(program, start_new_session=True)
     handed: dict[int, int] = {}  # rank process -> how many of the signals it has got
     while process.poll() is None:
         ranks = (_children(process.pid) if torchrun else [process.pid]) if received else []
