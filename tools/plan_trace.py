@@ -1,7 +1,7 @@
 """A training step on tensors that have a shape but no memory, and the bytes that they would take.
 
-It is the trainer's own step: the model is cut, compiled and sharded by `train.parallel` and run by `train.passes`, as
-one rank of a process group that has no other ranks (PyTorch's "fake" backend). What is counted is what PyTorch
+It is the trainer's own model, cut, compiled and sharded by `train.parallel`, on one rank of a process group that has no
+other ranks (PyTorch's "fake" backend). What is counted is what PyTorch
 allocates, storage by storage, so that no formula of a plan has to follow the code. Compiled blocks are traced and
 divided into forward and backward as always, which decides what is kept between the two, but run operator by operator.
 
@@ -26,7 +26,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from shards.loader import Batch
 from train.adamw import AdamW
 from train.config import ExperimentConfig
 from train.distributed import Ranks
@@ -35,8 +34,7 @@ from train.models import BaseModelForCausalLM, ModelRegistry
 from train.models.attend import Kernel
 from train.muon import is_matrix_of_block
 from train.optim import create_optimizer
-from train.parallel import parallelize
-from train.passes import Passes
+from train.parallel import delay_reduction, parallelize, reduce_gradients
 from train.prepare import load_model_config
 
 
@@ -167,17 +165,19 @@ def step_memory(
         gathered = sum(parameter.numel() for parameter in outside) * model.compute_dtype.itemsize
         at_rest = live.peak = live.now
         forward = _ForwardPasses(model, live)
-        passes = Passes(model, layout, batch_size=config.training.batch_size, length=length)
-        count = min(accumulation, max(2, layout.pp))  # those that would follow are like the last
         model.train()
-        passes.train([_batch(config.training.batch_size, length) for _ in range(count)], tokens=1)
-        under_way = min(count, layout.pp - layout.stage)
-    gradients = forward.begins[-1] - forward.begins[0] if layout.pp == 1 else 0
-    activations = (forward.ends[0] - forward.begins[0] - gathered) * under_way
-    working = live.peak - at_rest - gradients - gathered - activations
+        count = min(accumulation, 2)  # those that would follow are like the second
+        for number in range(1, count + 1):
+            delay_reduction(model, number < count)
+            _pass(model, layout, config.training.batch_size, length)
+        reduce_gradients(model, layout)
     del optimizer
     torch._dynamo.reset()  # what it has compiled is for tensors of this mode
-    return StepMemory(weights, at_rest - weights, gradients, gathered, activations, working)
+    gradients = forward.begins[-1] - forward.begins[0]
+    activations = forward.ends[0] - forward.begins[0] - gathered
+    working = live.peak - at_rest - gradients - gathered - activations
+    under_way = min(accumulation, layout.pp - layout.stage)  # 1F1B: one micro-batch in each stage from here on
+    return StepMemory(weights, at_rest - weights, gradients, gathered, activations * under_way, working)
 
 
 class _ForwardPasses:
@@ -225,6 +225,15 @@ def _fused_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return logits.new_zeros(len(labels), dtype=torch.float32), torch.empty_like(logits)
 
 
-def _batch(size: int, length: int) -> Batch:
-    tokens = torch.zeros(size, length, dtype=torch.int64)
-    return Batch(tokens, tokens.clone(), torch.zeros(size, dtype=torch.int32), None, None, length)
+def _pass(model: BaseModelForCausalLM, layout: Layout, batch_size: int, length: int) -> None:
+    """Forward and backward of a micro-batch, in a pipeline those of this stage."""
+    tokens = torch.zeros(batch_size, length, dtype=torch.int64)
+    hidden = None
+    if layout.stage > 0:
+        shape = batch_size, length // layout.tp, model.config.hidden_size
+        hidden = torch.zeros(shape, dtype=model.compute_dtype, requires_grad=True)
+    output = model(tokens, labels=tokens, reduction="sum", hidden=hidden)
+    if output.hidden is None:
+        output.objective.backward()
+    else:
+        output.hidden.backward(torch.zeros_like(output.hidden))
