@@ -226,6 +226,15 @@ def test_a_damaged_one_does_not_count_as_good(run):
     assert "passed over: .metadata has 5 bytes instead of" in run.said[-1]
 
 
+def test_an_old_one_that_cannot_be_judged_is_said_and_the_new_one_stays(run):
+    checkpoints = run.open(save_total_limit=1)
+    checkpoints.save(state(1), run.model, run.optimizer, wait=True)
+    (step_folder(run.path, 1) / "state.json").write_text("{")
+    checkpoints.save(state(2), run.model, run.optimizer, wait=True)
+    assert "; older ones could not be removed (UserError: " in run.said[-1]
+    assert steps(checkpoints) == [1, 2]
+
+
 def test_the_same_step_again_takes_the_place(run):
     """After a rollback."""
     checkpoints = run.open()

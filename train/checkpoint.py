@@ -242,6 +242,11 @@ class Checkpoints:
         size = sum(entry["bytes"] for entry in files.values())
         kind = "" if state.resumable else ", weights only"
         warning = "" if finite else "; some weights are not finite, so no run goes on from it"
+        if self._ranks.is_first:
+            try:
+                self._rotate()
+            except (OSError, UserError) as error:
+                warning += f"; older ones could not be removed ({reason(error)})"
         return f"checkpoint {final.name}: {size / 1e9:.3g} GB in {time.perf_counter() - start:.1f} s{kind}{warning}"
 
     def _begin(self, temporary: Path) -> None:
@@ -257,6 +262,8 @@ class Checkpoints:
             self._discard(final)
         os.replace(temporary, final)
         sync_directory(self.folder)
+
+    def _rotate(self) -> None:
         for old in self._expired():
             self._discard(old)
         self._remove_unfinished()

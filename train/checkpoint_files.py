@@ -143,6 +143,9 @@ class _HashedFiles(FileSystem):
         with super().create_stream(path, mode) as stream:
             hashed = _HashedStream(stream)
             yield hashed
+            if not stream.closed:  # dcp syncs the table of contents before the last of it has left the buffer
+                stream.flush()
+                os.fsync(stream.fileno())
         # The table of contents gets its name when it is complete.
         self.written[Path(path).name.removesuffix(".tmp")] = hashed.describe()
 
@@ -169,7 +172,6 @@ def describe_file(path: Path) -> dict[str, Any]:
     """Size and xxh3-64 of a file, read from the disk as far as the system allows."""
     digest, buffer, size = xxh3_64(), memoryview(bytearray(2**22)), 0
     with path.open("rb", buffering=0) as file:
-        os.fsync(file.fileno())
         if hasattr(os, "posix_fadvise"):  # not on macOS
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # forget what is still in memory of it
         while count := file.readinto(buffer):
