@@ -16,11 +16,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from training_runs import ROOT, write_experiment, write_sources
 
 from train.distributed import Ranks
 from train.watch import HUNG, PATIENCE, Heartbeat, Watch, hanging
 
-ROOT = Path(__file__).parent.parent
 SECONDS = 2.5
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
 
@@ -255,3 +255,40 @@ def test_a_beat_is_cheap(tmp_path):
     seconds = time.perf_counter() - start
     watch.close()
     assert seconds / 10_000 < 1e-4
+
+
+# The trainer
+
+
+@pytest.mark.slow
+def test_a_training_run_reports_its_sleeping_rank_and_ends(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import time\n"
+        "from shards.errors import run_command\n"
+        "from train import pretrain\n"
+        "from train.passes import Passes\n"
+        "calls, forward = 0, Passes._forward\n"
+        "def sleep_in_the_forward_pass(self, *rest):\n"
+        "    global calls\n"
+        "    calls += 1\n"
+        "    if calls == 5 and self._layout.ranks.rank == 1:\n"
+        "        time.sleep(6)\n"
+        "    return forward(self, *rest)\n"
+        "Passes._forward = sleep_in_the_forward_pass\n"
+        "run_command(pretrain.main)\n"
+    )
+    training = {"gradient_accumulation_steps": 1, "max_steps": 10, "hang_timeout": 3.0}
+    sections = {"logging": {"eval_steps": None}, "parallel": {"strategy": "fsdp"}, "training": training}
+    config = write_experiment(tmp_path, write_sources(tmp_path / "data"), **sections)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, str(program), "--config", str(config)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    log = (tmp_path / "run" / "logs" / "train.log").read_text()
+    assert hangs(log) == [(1, 5, "data")]  # it has not got to its first pass
+    assert "in sleep_in_the_forward_pass" in log
+    assert "rank 1 goes on" in log
+    assert "done: " in log
