@@ -21,8 +21,10 @@ class ExpertBalance:
         shape = (len(routers), model.whole_shapes[routers[0]][0]) if routers else (0, 0)
         self._sums = torch.zeros(shape[0] * shape[1] + 1, device=layout.ranks.device)
         self._load = self._sums[:-1].view(shape)
-        # A stage of a pipeline has some of the layers only.
-        self._own = [n for n, name in enumerate(routers) if name.split(".")[1] in dict(model.layers.named_children())]
+        # A stage of a pipeline has some of the layers only, one behind the other.
+        here = dict(model.layers.named_children())
+        own = [number for number, name in enumerate(routers) if name.split(".")[1] in here]
+        self._own = slice(own[0], own[-1] + 1) if own else slice(0)
 
     def add(self, output: ModelOutput, tokens: int) -> None:
         """Count a micro-batch of a step of `tokens` tokens."""
