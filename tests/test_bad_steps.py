@@ -122,6 +122,14 @@ def test_ten_in_a_row_roll_the_run_back_past_their_data(train, clean, tmp_path):
     assert steps(run) == found
 
 
+def test_a_bad_step_before_the_first_checkpoint_does_not_keep_a_run_from_going_back(train):
+    status, run, output = train(Poison([5, *range(35, 44)], math.nan))
+    assert status == 0, output
+    kept = json.loads((run / "rollbacks.json").read_text())
+    assert [one["step"] for one in kept] == [30]
+    assert steps(run)[-1]["skipped_steps"] == 1
+
+
 def test_rollbacks_that_do_not_help_end_the_run(train):
     status, run, output = train(Poison(list(range(35, 45)), math.nan, always=True))
     assert status == 2
@@ -137,7 +145,7 @@ def test_rollbacks_that_do_not_help_end_the_run(train):
 def test_bad_steps_from_the_start_are_an_error(train):
     status, _, output = train(Poison(list(range(2, 12)), math.nan))
     assert status == 2
-    assert "error: steps are skipped from step 2 on, and no checkpoint is older" in output
+    assert "steps were skipped from step 2 on, and no checkpoint is older" in output
 
 
 def test_without_a_limit_bad_steps_are_only_skipped(train, clean):

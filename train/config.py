@@ -101,7 +101,7 @@ class TrainingConfig(Settings):
     use_ddp: bool = True
     world_size: int | None = Field(None, ge=1)  # data ranks that the global batch is for; None: of the first start
     backend: Literal["nccl", "gloo"] | None = None  # None: nccl on GPUs, gloo on CPUs
-    hang_timeout: float = Field(60.0, gt=0)  # seconds of silence after which a rank's stacks are reported
+    hang_timeout: float = Field(60.0, gt=0)  # seconds within which a silent rank is reported, with its stacks
 
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:

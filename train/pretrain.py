@@ -155,8 +155,9 @@ def _pretrain(config: ExperimentConfig, ranks: Ranks, closing: ExitStack) -> int
                 said_skips = row["skipped_steps"]
                 run.say(f"{said_skips} step(s) so far were skipped: a gradient was not finite or far above the usual")
             if config.training.max_skips is not None and recent >= config.training.max_skips:
-                first_skipped = step - RECENT + 1 + int(guard.skips.nonzero()[0])
-                state = roll_back(here(), first_skipped, setup.checkpoints, model, optimizer, run)
+                bad = [step - RECENT + 1 + place for place in guard.skips.nonzero().flatten().tolist()]
+                watch.beat(step, "save")  # reading may take as long
+                state = roll_back(here(), bad, setup.checkpoints, model, optimizer, run)
                 loader.close()
                 step, said_skips, loader = state.step, state.skipped_steps, setup.loader(state)
                 if log is not None:

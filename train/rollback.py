@@ -23,24 +23,29 @@ LIMIT = 3  # rollbacks to one checkpoint
 
 def roll_back(
     now: RunState,
-    first_skipped: int,
+    bad_steps: list[int],
     checkpoints: Checkpoints,
     model: BaseModelForCausalLM,
     optimizer: Optimizer,
     run: RunFolder,
 ) -> RunState:
-    """Load the newest checkpoint from before step `first_skipped`, and leave out the data up to `now.next_sample`.
+    """Load the newest checkpoint from before the bad steps, and leave out the data up to `now.next_sample`.
+
+    Where the first of them are older than every checkpoint, one from between them has to do: skipped steps change
+    nothing but what data is left out.
 
     Raises:
         UserError: there is no such checkpoint, or going back to it has not helped before.
     """
     checkpoints.wait()
-    checkpoint = checkpoints.last_before(first_skipped)
+    checkpoint = next((found for step in bad_steps if (found := checkpoints.last_before(step))), None)
     advice = (
         "look at the data (minigpt-mix explain --run), lower training.learning_rate, or set training.max_skips=null"
     )
     if checkpoint is None:
-        raise UserError(f"steps are skipped from step {first_skipped:,} on, and no checkpoint is older: {advice}")
+        raise UserError(
+            f"{len(bad_steps)} steps were skipped from step {bad_steps[0]:,} on, and no checkpoint is older: {advice}"
+        )
     before = RunState.read(checkpoint)
     kept = [rollback for rollback in now.rollbacks if rollback["step"] <= before.step]
     here = [rollback["next_sample"] for rollback in kept if rollback["step"] == before.step]
@@ -51,7 +56,7 @@ def roll_back(
     checkpoints.load(checkpoint, model, optimizer)
     run.write_json(ROLLBACKS, kept)
     run.say(
-        f"steps were skipped from step {first_skipped:,} on: back to {checkpoint}, without the samples "
+        f"{len(bad_steps)} steps were skipped from step {bad_steps[0]:,} on: back to {checkpoint}, without the samples "
         f"{first:,} to {now.next_sample - 1:,} (rollback {len(here) + 1} of at most {LIMIT} to this checkpoint)"
     )
     return dataclasses.replace(before, next_sample=now.next_sample, rollbacks=kept)
