@@ -233,6 +233,7 @@ class Checkpoints:
             finite = all(together(lambda: _finite(tensors), self._group))
             state = dataclasses.replace(state, finite=finite, files=files)
             together(lambda: self._publish(state, temporary, final), self._group)
+            warning = together(self._rotate, self._group)[0]  # all ranks see the same checkpoints afterwards
         except (Exception, CheckpointException) as error:  # the latter derives from BaseException
             if self._ranks.is_first:
                 self._remove_unfinished()
@@ -241,12 +242,7 @@ class Checkpoints:
             ) from error
         size = sum(entry["bytes"] for entry in files.values())
         kind = "" if state.resumable else ", weights only"
-        warning = "" if finite else "; some weights are not finite, so no run goes on from it"
-        if self._ranks.is_first:
-            try:
-                self._rotate()
-            except (OSError, UserError) as error:
-                warning += f"; older ones could not be removed ({reason(error)})"
+        warning += "" if finite else "; some weights are not finite, so no run goes on from it"
         return f"checkpoint {final.name}: {size / 1e9:.3g} GB in {time.perf_counter() - start:.1f} s{kind}{warning}"
 
     def _begin(self, temporary: Path) -> None:
@@ -263,10 +259,17 @@ class Checkpoints:
         os.replace(temporary, final)
         sync_directory(self.folder)
 
-    def _rotate(self) -> None:
-        for old in self._expired():
-            self._discard(old)
+    def _rotate(self) -> str:
+        """Remove what is beyond the limit; returns what stood in the way, which does not spoil the new checkpoint."""
+        if not self._ranks.is_first:
+            return ""
+        try:
+            for old in self._expired():
+                self._discard(old)
+        except (OSError, UserError) as error:
+            return f"; older ones could not be removed ({reason(error)})"
         self._remove_unfinished()
+        return ""
 
     def _expired(self) -> list[Path]:
         """What is beyond the limit, oldest first.
