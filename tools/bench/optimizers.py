@@ -89,7 +89,7 @@ def plot(found: dict[str, dict[float, Curve]], path: Path) -> None:
     """All curves, the best of each optimiser strong."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), dpi=110, layout="constrained")
+    figure = Figure(figsize=(7, 4), dpi=80, layout="constrained")
     axes = figure.add_subplot()
     for optimizer, curves in found.items():
         for rate, curve in sorted(curves.items()):
