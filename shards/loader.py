@@ -8,7 +8,6 @@ numbers.
 from __future__ import annotations
 
 import collections
-import dataclasses
 import json
 import threading
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ import torch
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
+from shards.batch import Batch
 from shards.errors import UserError
 from shards.mixture import Located, MixtureConfig, MixturePlan, load_mixture
 
@@ -111,12 +111,12 @@ class WindowReader:
         self._mapped: list[np.ndarray] = []  # keeps the memory behind the addresses
         self._lock = threading.Lock()
 
-    def read(self, samples: np.ndarray, pin_memory: bool = False) -> tuple[torch.Tensor, Located]:
+    def read(self, samples: np.ndarray) -> tuple[torch.Tensor, Located]:
         """The windows of samples [n] as int64 [n, seq_len + 1] in a buffer of their own, and where they lie."""
         found = self.plan.locate(samples)
         n = len(samples)
         # A fresh buffer each time: a pool could hand out memory that a caller still looks at.
-        buffer = torch.empty((n, self.plan.seq_len + 1), dtype=torch.int64, pin_memory=pin_memory)
+        buffer = torch.empty((n, self.plan.seq_len + 1), dtype=torch.int64)
         out, row = buffer.numpy(), 0
         tables = (self._first_shard, self._shard_tokens, self._addresses, self._widths, self.plan.vocab_size)
         while (row := gather(found.source, found.start, *tables, out, row)) < n:
@@ -140,28 +140,6 @@ class WindowReader:
                 tokens = dataset.shard(shard)
                 self._mapped.append(tokens)
                 self._addresses[self._first_shard[source] + shard] = tokens.ctypes.data
-
-
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """One micro-batch of windows.
-
-    Attributes:
-        input_ids, labels: int64 [batch, seq_len], views of one [batch, seq_len + 1] buffer; labels[:, t] is the target
-            of input_ids[:, t].
-        sources: index of each window's source, int32 [batch].
-        cu_seqlens: borders of the documents in the flattened [batch * seq_len] tokens, rows included: int32, from 0 to
-            batch * seq_len. A document includes its EOS. None without a document mask, as is `position_ids`.
-        position_ids: position of each token in its document, or from the row's start, int64 [batch, seq_len].
-        max_seqlen: tokens of the longest piece.
-    """
-
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    sources: torch.Tensor
-    cu_seqlens: torch.Tensor | None
-    position_ids: torch.Tensor | None
-    max_seqlen: int
 
 
 class WindowLoader:
@@ -253,9 +231,10 @@ class WindowLoader:
 
     def _batch(self, first: int) -> Batch:
         samples = np.arange(first, first + self._batch_size, dtype=np.uint64)
-        buffer, found = self._reader.read(samples, self._pin_memory)
+        buffer, found = self._reader.read(samples)
         mask = _document_mask(self.plan, found) if self._document_mask else (None, None, self.plan.seq_len)
-        return Batch(buffer[:, :-1], buffer[:, 1:], torch.from_numpy(found.source), *mask)
+        batch = Batch(buffer, torch.from_numpy(found.source), *mask)
+        return batch.pin_memory() if self._pin_memory else batch
 
 
 def _document_mask(plan: MixturePlan, found: Located) -> tuple[torch.Tensor, torch.Tensor, int]:

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from family_runs import FAMILIES
 
-from shards.loader import Batch
 from train.config import ExperimentConfig
 from train.distributed import Ranks, start_ranks
 from train.layout import make_layout
@@ -60,14 +59,16 @@ def windows(step: int) -> torch.Tensor:
     return (start + 7 * torch.arange(LENGTH + 1) ** 2) % 397
 
 
-def batches(step: int, rank: int, ranks: int) -> list[Batch]:
+def batches(step: int, rank: int, ranks: int) -> list[SimpleNamespace]:
     """This data rank's micro-batches; some labels do not count, and not equally many on all ranks."""
     tokens = windows(step)
     labels = tokens[:, 1:].clone()
     labels[0, :5] = labels[3, 2:4] = -100
     ids, labels = (whole.chunk(ranks)[rank].split(BATCH) for whole in (tokens[:, :-1], labels))
-    none = torch.zeros(BATCH, dtype=torch.int32)
-    return [Batch(a, b, none, None, None, LENGTH) for a, b in zip(ids, labels, strict=True)]
+    return [
+        SimpleNamespace(input_ids=a, labels=b, position_ids=None, cu_seqlens=None)
+        for a, b in zip(ids, labels, strict=True)
+    ]
 
 
 def train(config: ExperimentConfig, ranks: Ranks, steps: int) -> SimpleNamespace:

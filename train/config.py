@@ -207,6 +207,11 @@ class ExperimentConfig(Settings):
 
     @model_validator(mode="after")
     def _check_saving(self) -> ExperimentConfig:
+        if self.training.max_skips is not None and max(self.training.max_skips, self.logging.log_steps) > 100:
+            raise ValueError(
+                "training.max_skips counts among the last 100 steps, at each row of the log: it and logging.log_steps "
+                "are at most 100, or training.max_skips is null"
+            )
         every, steps = self.checkpointing.save_optimizer_every, self.checkpointing.save_steps
         if every is not None and every % steps:
             raise ValueError(f"checkpointing.save_optimizer_every {every} is no multiple of save_steps {steps}")

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from shards.loader import Batch
+from shards.batch import Batch
 from train.layout import Layout
 from train.models import BaseModelForCausalLM, ModelOutput
 from train.parallel import delay_reduction, reduce_gradients
@@ -40,7 +39,7 @@ class Passes:
         """The gradients of a step: of (loss + balance loss) / tokens, summed over micro-batches and ranks.
 
         Args:
-            batches: this rank's micro-batches.
+            batches: this rank's micro-batches, on the device.
             tokens: that count in the step, over all ranks.
 
         Returns:
@@ -69,18 +68,12 @@ class Passes:
         return (run() if self._pipeline is None else self._pipeline.evaluate(run)).loss
 
     def _forward(self, batch: Batch, hidden: Tensor | None = None) -> ModelOutput:
-        device = self._layout.ranks.device
-
-        def move(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            # From pinned memory, and the host is steps ahead of the device: nothing waits for this.
-            return None if tensor is None else tensor.to(device, non_blocking=True)
-
         self._each("step")
         return self.model(
-            move(batch.input_ids),
-            labels=move(batch.labels),
-            position_ids=move(batch.position_ids),
-            cu_seqlens=move(batch.cu_seqlens),
+            batch.input_ids,
+            labels=batch.labels,
+            position_ids=batch.position_ids,
+            cu_seqlens=batch.cu_seqlens,
             mask_documents=batch.position_ids is not None,
             reduction="sum",
             hidden=hidden,

@@ -17,6 +17,7 @@ from shards.errors import UserError
 from shards.loader import WindowLoader
 from shards.mixture import MixtureConfig, MixturePlan, load_mixture
 from shards.settings import validate
+from train.batches import DeviceLoader
 from train.checkpoint import Checkpoints
 from train.config import ExperimentConfig
 from train.distributed import Ranks
@@ -74,6 +75,9 @@ class Setup:
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share."""
         training = self.config.training
+        optional = {"muon_momentum": training.muon_momentum} if training.optimizer == "muon" else {}
+        if training.optimizer_state_dtype != "fp32":
+            optional["optimizer_state_dtype"] = training.optimizer_state_dtype
         runtime = {"use_flash_attention", "gradient_checkpointing", "initializer_range"}
         runtime |= {"router_bias_update_rate", "aux_loss_alpha", "router_aux_loss_coef"}  # they may follow a schedule
         return {
@@ -84,6 +88,7 @@ class Setup:
                 "betas": list(training.betas),
                 "eps": training.eps,
                 "weight_decay": training.weight_decay,
+                **optional,
                 "global_batch": self.global_batch,
             },
             "data": {"document_mask": self.config.data.document_mask},
@@ -138,11 +143,11 @@ class Setup:
         run.write_start(self.config, self.plan, self.parameters, self.global_batch, str(self.layout))
         return state
 
-    def loader(self, state: RunState) -> WindowLoader:
-        """This rank's micro-batches from a state on."""
+    def loader(self, state: RunState) -> DeviceLoader:
+        """This rank's steps from a state on."""
         config, total = self.config, self.plan.total_samples
         left_out = sum(rollback["next_sample"] - rollback["first_sample"] for rollback in state.rollbacks)
-        return WindowLoader(
+        loader = WindowLoader(
             self.plan,
             batch_size=config.training.batch_size,
             accumulation=self.accumulation,
@@ -155,6 +160,7 @@ class Setup:
             prefetch_factor=config.data.prefetch_factor,
             pin_memory=config.data.pin_memory and self.ranks.device.type == "cuda",
         )
+        return DeviceLoader(loader, self.ranks.device)
 
     def speed(self, step: int) -> Speed:
         """A clock for the steps behind `step`."""

@@ -80,13 +80,14 @@ def _pretrain(config: ExperimentConfig, ranks: Ranks, closing: ExitStack) -> int
     passes = Passes(model, layout, batch_size=batch_size, length=plan.seq_len, each=lambda what: watch.beat(step, what))
     validation = Validation(config.evaluation, plan, batch_size, documents, layout)
     state = setup.resume(model, optimizer, run)
+    setup.checkpoints.reserve(model, optimizer)
     if not validation.sets:
         run.say("no validation: evaluation.datasets is empty and no source has a val/ part (--val-fraction makes one)")
     experts = ExpertBalance(model, layout)
     sources = SourceLosses([source.name for source in plan.sources], ranks.device)
     speed = setup.speed(state.step)
     profiler = closing.enter_context(Profiler(config.profile, run.path, ranks, speed, run.say))
-    loader = setup.loader(state)
+    data = setup.loader(state)
     log = MetricsLog(run.path, config, setup.past_steps(state), run.say) if ranks.is_first else None
     step, first_step, said_skips = state.step, state.step + 1, state.skipped_steps
     row: dict[str, Any] = {}  # the last one of the log
@@ -106,7 +107,7 @@ def _pretrain(config: ExperimentConfig, ranks: Ranks, closing: ExitStack) -> int
         run.say(f"step {step:>6}  {values}")
 
     def here() -> RunState:
-        return setup.state_at(step, loader.next_sample, int(optimizer.guard.total.item()), state.rollbacks)
+        return setup.state_at(step, data.next_sample, int(optimizer.guard.total.item()), state.rollbacks)
 
     def save(*, wait: bool) -> None:
         watch.beat(step, "save")
@@ -124,18 +125,20 @@ def _pretrain(config: ExperimentConfig, ranks: Ranks, closing: ExitStack) -> int
         profiler.step(step)
         watch.beat(step, "data")
         with speed.waiting("data"):
-            batches = next(loader)
+            work = next(data)
         # One exchange between the hosts per step: the tokens that the loss is divided by, and whether to stop.
-        valid = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in batches) if layout.counts else 0
-        tokens, stopping, requeue = ranks.sum_on_host([valid, stop.requested, stop.requeue])
+        told = [work.tokens if layout.counts else 0, stop.requested, stop.requeue]
+        tokens, stopping, requeue = ranks.sum_on_host(told)
         loss = torch.zeros((), device=ranks.device)
-        for batch, output in zip(batches, passes.train(batches, tokens), strict=True):
+        for batch, output in zip(work.batches, passes.train(work.batches, tokens), strict=True):
             assert output.loss is not None
             loss += output.loss / tokens
             experts.add(output, tokens)
             sources.add(output.window_losses, (batch.labels != IGNORE_INDEX).sum(1), batch.sources)
         norm, skipped = optimizer.step(rate)
         balance = experts.finish_step(skipped)
+        with speed.waiting("data"):
+            data.send_ahead()
         if step == first_step:
             shorten_timeouts()
             freeze_garbage_collector()
@@ -149,7 +152,7 @@ def _pretrain(config: ExperimentConfig, ranks: Ranks, closing: ExitStack) -> int
             found = {"loss": ranks.sum_(loss), "lr": rate, "grad_norm": norm, "sources": sources.collect(layout)}
             row = numbers({**found, **balance, "skipped_steps": guard.total.long(), "recent": guard.recent().long()})
             recent = row.pop("recent")
-            write({"next_sample": loader.next_sample, **row, **speed.measure(step)})
+            write({"next_sample": data.next_sample, **row, **speed.measure(step)})
             run.say(f"{speed.status(step, row['loss'])}  lr {rate:.2e}  grad {row['grad_norm']:.2f}")
             if row["skipped_steps"] > said_skips:
                 said_skips = row["skipped_steps"]
@@ -157,15 +160,15 @@ def _pretrain(config: ExperimentConfig, ranks: Ranks, closing: ExitStack) -> int
             if config.training.max_skips is not None and recent >= config.training.max_skips:
                 bad = [step - RECENT + 1 + place for place in guard.skips.nonzero().flatten().tolist()]
                 watch.beat(step, "save")  # reading may take as long
-                state = roll_back(here(), bad, setup.checkpoints, model, optimizer, run)
-                loader.close()
-                step, said_skips, loader = state.step, state.skipped_steps, setup.loader(state)
-                if log is not None:
-                    setup.checkpoints.set_aside(step)
-                    log.close()
-                    log = MetricsLog(run.path, config, step, run.say)
-                speed.go_back(step)
-                continue
+                if (before := roll_back(here(), bad, setup.checkpoints, ranks, model, optimizer, run)) is not None:
+                    state, step, said_skips = before, before.step, before.skipped_steps
+                    data.close()
+                    data = setup.loader(state)
+                    if log is not None:
+                        log.close()
+                        log = MetricsLog(run.path, config, step, run.say)
+                    speed.go_back(step)
+                    continue
         else:
             run.status(speed.status(step, row.get("loss")))
         if last or (config.logging.eval_steps and step % config.logging.eval_steps == 0):
@@ -176,7 +179,7 @@ def _pretrain(config: ExperimentConfig, ranks: Ranks, closing: ExitStack) -> int
         if stopping and not last:
             run.say(f"stopped on request at step {step}, checkpoint saved; the same command goes on from here")
             break
-    loader.close()
+    data.close()
     if log is not None:
         log.close()
     if step < total_steps:
