@@ -75,7 +75,9 @@ class Setup:
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share."""
         training = self.config.training
-        optional = {"muon_momentum": training.muon_momentum} if training.optimizer == "muon" else {}
+        optional: dict[str, Any] = {}
+        if training.optimizer == "muon":
+            optional["muon_momentum"] = training.muon_momentum
         if training.optimizer_state_dtype != "fp32":
             optional["optimizer_state_dtype"] = training.optimizer_state_dtype
         runtime = {"use_flash_attention", "gradient_checkpointing", "initializer_range"}
