@@ -36,7 +36,8 @@ def experiment(family: str, **parallel: Any) -> ExperimentConfig:
     """A configuration without data."""
     return ExperimentConfig.model_validate(
         {
-            "experiment": {"name": "layouts", "seed": 5},
+            # With seed 5 a token of deepseek_v2 stands so near between two experts that rounding decides.
+            "experiment": {"name": "layouts", "seed": 6},
             "model": {"config": VARIANTS[family]},
             "data": {"config_path": "unused"},
             "training": {

@@ -104,6 +104,11 @@ def test_every_family_in_every_layout(tmp_path, alone, ranks, layouts):
 
 
 @pytest.mark.slow
+def test_three_stages_with_a_tied_embedding(tmp_path, alone):
+    check(run_layouts(tmp_path, 3, {"pp": "ddp:1:1:1:3"}, ["llama with biases"]), alone)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ["compile", "full", "selective", "compile+selective"])
 def test_compiled_and_recomputed_blocks(tmp_path, alone, options):
     layouts = {name: {**TWO, **FOUR}[name] for name in ("tp+fsdp", "pp+fsdp")}
