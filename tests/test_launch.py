@@ -86,6 +86,23 @@ def test_two_ranks_stop_on_a_signal_and_the_same_command_goes_on(mixture, uninte
         assert_same_curve(tmp_path / "run", uninterrupted)
 
 
+def test_a_signal_to_all_processes_at_once_from_the_first_moment_on(mixture, tmp_path):
+    """As `scancel --signal=USR2` does, and does again: nobody dies of it, not even while starting or ending."""
+    config = write_experiment(tmp_path, mixture, **SECTIONS)
+    process = minigpt_train(config, "--nproc", "2")
+    read_until(process, "torchrun")
+    process.send_signal(signal.SIGUSR2)
+    told = set()
+    while process.poll() is None:
+        below = launch._children(process.pid)
+        for pid in [*below, *(rank for torchrun in below for rank in launch._children(torchrun))]:
+            launch._send(pid, signal.SIGUSR2)
+            told.add(pid)
+        time.sleep(0.005)
+    assert len(told) >= 3
+    assert "stopped on request at step 1," in finish(process, 75)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 0), (signal.SIGUSR2, 75)])
 def test_one_process_stops_on_a_signal(mixture, tmp_path, number, status):
@@ -203,7 +220,7 @@ def test_starts_light():
 # Slurm
 
 FAKES = {
-    "srun": 'while [[ $1 == --* ]]; do shift; done\nexec "$@"',
+    "srun": 'while [[ $1 == --* ]]; do shift; done\necho srun starts "$@"\nexec "$@"',
     "scontrol": 'case $1 in show) echo localhost;; requeue) echo "$2" >> "$REQUEUED";; esac',
 }
 
@@ -212,8 +229,12 @@ def test_the_slurm_script_is_valid_bash():
     subprocess.run(["bash", "-n", SLURM], check=True)
 
 
-def test_the_slurm_script_trains_and_queues_itself_again(mixture, uninterrupted, tmp_path):
-    """The script itself, on one node with two ranks; what stands in for Slurm only starts programs and notes things."""
+@pytest.mark.parametrize("when", ["srun starts", "step      4/"])
+def test_the_slurm_script_trains_and_queues_itself_again(mixture, uninterrupted, tmp_path, when):
+    """The script itself, on one node with two ranks; what stands in for Slurm only starts programs and notes things.
+
+    When the ranks are told to stop before they are there, they stop as soon as they listen.
+    """
     for name, text in FAKES.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
@@ -234,10 +255,14 @@ def test_the_slurm_script_trains_and_queues_itself_again(mixture, uninterrupted,
         )
 
     process = sbatch()
-    read_until(process, "step      4/")
+    printed = read_until(process, when)
     process.send_signal(signal.SIGUSR2)
-    assert "stopped on request at step" in finish(process)
+    printed += finish(process)
+    assert "stopped on request at step" in printed
+    assert "Signal" not in printed  # what torchrun says of a rank that one has ended
     assert queued.read_text() == f"{os.getpid()}\n"
+    if when == "srun starts":
+        return
     finish(sbatch())
     assert queued.read_text() == f"{os.getpid()}\n"  # it was done
     assert_same_curve(tmp_path / "job" / "run", uninterrupted)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 import re
 import resource
 import sys
@@ -18,8 +17,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from training_runs import SEQ_LEN, rows, run, train_here, write_experiment, write_sources
 
-import train.append
-import train.speed
 from shards.mixture import MixtureConfig, MixturePlan
 from train.append import AppendOnly
 from train.config import load_experiment
@@ -110,69 +107,6 @@ def test_what_is_lost_at_the_end_is_said(experiment, tmp_path):
     assert said[1].endswith("metrics.jsonl: the last 2 line(s) could not be written")
 
 
-class FlakyDisk:
-    """Refuses what `plan` says, call by call; a failed sync loses all that the one before did not make durable."""
-
-    def __init__(self, path, plan):
-        self.path, self.plan, self.durable = path, plan, 0
-
-    def refuses(self) -> bool:
-        return next(self.plan, False)
-
-    def write(self, content: bytes) -> int:
-        if self.refuses():
-            with self.path.open("ab") as file:
-                file.write(content[: len(content) // 2])
-            raise OSError(errno.ENOSPC, "No space left on device")
-        with self.path.open("ab") as file:
-            return file.write(content[: max(1, len(content) - 3)])  # a short count is no error
-
-    def truncate(self, size: int) -> None:
-        os.truncate(self.path, size)
-
-    def sync(self, number: int) -> None:
-        size = self.path.stat().st_size
-        if self.refuses():
-            content = self.path.read_bytes()
-            self.path.write_bytes(content[: self.durable] + bytes(size - self.durable))
-            raise OSError(errno.EIO, "Input/output error")
-        self.durable = size
-
-    def fileno(self) -> int:
-        return -1
-
-    def close(self) -> None: ...
-
-
-@given(
-    st.lists(st.sampled_from(["write", "write", "sync"]), max_size=30), st.lists(st.booleans(), max_size=30), st.data()
-)
-def test_no_line_is_lost_doubled_or_moved(tmp_path_factory, actions, plan, data):
-    path, said = tmp_path_factory.mktemp("lines") / "lines", []
-    path.write_bytes(b"before\n")
-    lines = AppendOnly(path, said.append)
-    lines._file.close()
-    disk = FlakyDisk(path, iter(plan))
-    disk.durable = 7
-    lines._file = disk
-    expected = [b"before\n"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.append.os, "fsync", disk.sync)
-        patch.setattr(train.append, "SYNC_BYTES", data.draw(st.sampled_from([10, 50, 2**16])))
-        for number, action in enumerate(actions):
-            if action == "write":
-                expected.append(f"line {number}\n".encode())
-                lines.write(expected[-1])
-            else:
-                lines.sync()
-        disk.plan = iter(())
-        lines.close()
-    assert path.read_bytes() == b"".join(expected)
-    assert said == [line for pair in zip(said[::2], said[1::2], strict=True) for line in pair]  # in turns
-    assert all("cannot" in line for line in said[::2])
-    assert all("again" in line for line in said[1::2])
-
-
 def test_a_full_disk_does_not_end_a_run(alone, tmp_path, monkeypatch):
     """From step 4 until step 7 neither `metrics.jsonl` nor `train.log` can be written."""
     whole = AppendOnly._write_kept
@@ -195,23 +129,36 @@ def test_a_full_disk_does_not_end_a_run(alone, tmp_path, monkeypatch):
     assert re.findall(r"step +(\d+)/8 ", log) == [str(step) for step in range(1, 9)]
 
 
-def test_a_disk_that_only_refuses_to_sync_does_not_work(tmp_path, monkeypatch):
-    """As a full network file system does, which takes every line at first."""
-    said, path = [], tmp_path / "lines"
-    lines = AppendOnly(path, said.append)
-
-    def refuse(number: int) -> None:
-        raise OSError(errno.EDQUOT, "Disk quota exceeded")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train.append.os, "fsync", refuse)
-        for number in range(4):
-            lines.write(b"%d\n" % number)
-            lines.sync()
+def test_a_log_is_cut_back_while_the_disk_is_full(experiment, tmp_path):
+    """As a rollback does it: the rows up to a step stay as they are, byte by byte."""
+    said, path, config = [], tmp_path / "run" / "metrics.jsonl", experiment()
+    log = MetricsLog(tmp_path / "run", config, 0, said.append)
+    before = [{"step": step, "loss": step / 7} for step in (1, 2, 3, 3, 4, 5)]
+    for row in before:
+        log.write(row)
+    log.close()
+    content = path.read_bytes()
+    path.write_bytes(content + b'{"step":2,"lo')  # by a process that was killed
+    after = [{"step": step, "loss": 0.5} for step in (4, 5)]
+    with files_end_at(5):
+        log = MetricsLog(tmp_path / "run", config, 3, said.append)
+        assert path.read_bytes() == b"".join(content.splitlines(keepends=True)[:4])
+        for row in after:
+            log.write(row)
     assert len(said) == 1
-    lines.write(b"4\n")
-    assert said[1:] == [f"{path} can be written again; nothing is missing"]
-    assert path.read_bytes() == b"0\n1\n2\n3\n4\n"
+    log.close()
+    assert read_metrics(path) == before[:4] + after
+    assert "can be written again" in said[1]
+    MetricsLog(tmp_path / "run", config, 9, said.append).close()
+    assert read_metrics(path) == before[:4] + after
+    MetricsLog(tmp_path / "run", config, 0, said.append).close()
+    assert path.read_bytes() == b""
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_at_the_start(experiment, tmp_path):
+    (tmp_path / "run").rmdir()
+    with pytest.raises(FileNotFoundError):
+        MetricsLog(tmp_path / "run", experiment(), 0, print)
 
 
 # Mirrors
@@ -228,7 +175,11 @@ def failing_wandb(monkeypatch, *, fails_at: str) -> SimpleNamespace:
 
     def init(**options):
         call("init", **options)
-        return SimpleNamespace(log=lambda values, step: call("log", values, step), finish=lambda: call("finish"))
+        return SimpleNamespace(
+            define_metric=lambda name, **options: call("define_metric", name, **options),
+            log=lambda values: call("log", values),
+            finish=lambda: call("finish"),
+        )
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     return SimpleNamespace(calls=calls, named=lambda name: [c for c in calls if c[0] == name])
@@ -245,8 +196,11 @@ def test_a_failing_tracker_is_switched_off(experiment, tmp_path, monkeypatch, fa
     assert read_metrics(tmp_path / "run" / "metrics.jsonl") == expected
     assert wandb.named("init")[0][2]["mode"] == "offline"
     assert [arguments for _, arguments, _ in wandb.named("log")] == [
-        ({"loss": 1.0, "val/code/loss": 2.0}, step) for step in (1, 2, 3)[:logged]
+        ({"train_step": step, "loss": 1.0, "val/code/loss": 2.0},) for step in (1, 2, 3)[:logged]
     ]
+    assert [call[1:] for call in wandb.named("define_metric")] == (
+        [] if fails_at == "init" else [(("train_step",), {}), (("*",), {"step_metric": "train_step"})]
+    )
     assert len(wandb.named("finish")) == (fails_at in ("finish", "nothing"))
     reason = f"W&B is off from here on, metrics.jsonl has everything (RuntimeError: {fails_at}: connection lost)"
     assert said == ([] if fails_at == "nothing" else [reason])

@@ -105,7 +105,8 @@ def processes(asked: int | None) -> int:
 def run_ranks(command: list[str]) -> int:
     """Print a command and run it to its end while handing the signals that ask a run to stop on to its ranks.
 
-    A rank gets a signal as soon as it catches it: before that it would die of it.
+    A rank gets a signal as soon as it catches SIGUSR2: before that it would die of it, or ignore it. SIGUSR2 itself is
+    ignored until then, and by torchrun always: it may come to all processes at once (`scancel --signal=USR2`).
 
     Args:
         command: "python …", a single rank, or "torchrun …", whose children the ranks are.
@@ -121,7 +122,9 @@ def run_ranks(command: list[str]) -> int:
     torchrun = command[0] == "torchrun"
     program = [sys.executable, *(["-m", "torch.distributed.run"] if torchrun else []), *command[1:]]
     # In a session of its own Ctrl-C reaches it only through here.
-    process = subprocess.Popen(program, start_new_session=True)
+    process = subprocess.Popen(
+        program, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    )
     handed: dict[int, int] = {}  # rank process -> how many of the signals it has got
     while process.poll() is None:
         ranks = (_children(process.pid) if torchrun else [process.pid]) if received else []

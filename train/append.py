@@ -15,6 +15,9 @@ class AppendOnly:
     A line stays in memory until a sync says that it is on the disk: a network file system may report only then that it
     is full. After an error the file is cut back to what is known to be there, and all that followed is written again
     with the next line.
+
+    Others may append to the same file. What they wrote behind the last sync is not cut off: the lines kept here then
+    follow it, and some of them may be there twice.
     """
 
     def __init__(self, path: Path, say: Callable[[str], None]) -> None:
@@ -24,9 +27,10 @@ class AppendOnly:
             OSError: it cannot be opened.
         """
         self._path, self._say = path, say
-        self._file = path.open("ab", buffering=0)
-        self._durable = os.fstat(self._file.fileno()).st_size  # bytes
-        self._kept: list[bytes] = []  # the lines behind them
+        self._file = path.open("a+b", buffering=0)
+        self._fixed = os.fstat(self._file.fileno()).st_size  # bytes that are never cut off
+        self._own = 0  # bytes written here behind them
+        self._kept: list[bytes] = []  # lines that no sync has made durable
         self._written = 0  # how many of these are in the file
         self._failing = False
 
@@ -66,17 +70,30 @@ class AppendOnly:
                 self._say(f"{self._path} can be written again; nothing is missing")
 
     def _write_kept(self) -> None:
-        if not self._written:  # after an error, a part of a line may be there
-            self._file.truncate(self._durable)
         rest = b"".join(self._kept[self._written :])
+        if self._failing:
+            rest = self._cut_back() + rest
         while rest:
-            rest = rest[self._file.write(rest) :]
+            written = self._file.write(rest)
+            self._own += written
+            rest = rest[written:]
         self._written = len(self._kept)
+
+    def _cut_back(self) -> bytes:
+        """Remove what an error left in doubt, unless others have written there; returns what ends a part of a line."""
+        size = os.fstat(self._file.fileno()).st_size
+        if size <= self._fixed + self._own:
+            size = min(size, self._fixed)
+            self._file.truncate(size)
+        self._fixed, self._own = size, 0
+        last = os.pread(self._file.fileno(), 1, size - 1) if size else b"\n"
+        return b"" if last == b"\n" else b"\n"
 
     def _sync_kept(self) -> None:
         self._write_kept()
+        size = os.fstat(self._file.fileno()).st_size  # what others write from here on may not be on the disk
         os.fsync(self._file.fileno())
-        self._durable += sum(map(len, self._kept))
+        self._fixed, self._own = size, 0
         self._kept, self._written = [], 0
 
     def _lines(self) -> str:

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import orjson
 import torch
@@ -34,10 +34,16 @@ class MetricsLog:
     """
 
     def __init__(self, run: Path, config: ExperimentConfig, resume_step: int, say: Callable[[str], None]) -> None:
-        """Open the log, cut back to the checkpoint's step; without a checkpoint (step 0) it starts empty."""
+        """Open the log, cut back to the checkpoint's step; without a checkpoint (step 0) it starts empty.
+
+        To cut takes no room: a log that is there can be opened again while the disk is full.
+
+        Raises:
+            OSError: it is not there and cannot be made, or not be changed.
+        """
         path = run / "metrics.jsonl"
-        kept = [row for row in read_metrics(path) if row["step"] <= resume_step] if resume_step else []
-        write_atomic(path, b"".join(orjson.dumps(row) + b"\n" for row in kept))
+        with path.open("a+b") as file:
+            file.truncate(_end_of_step(file, resume_step))
         self._rows = AppendOnly(path, say)
         self._say = say
         self._mirrors: list[Mirror] = []
@@ -85,6 +91,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     return [json.loads(line) for line in lines]
+
+
+def _end_of_step(file: IO[bytes], step: int) -> int:
+    """Where the rows up to a step end in a `metrics.jsonl`, in bytes; rows are in the order of their steps."""
+    end = 0
+    if step:
+        file.seek(0)
+        for line in file:
+            if not line.endswith(b"\n") or orjson.loads(line)["step"] > step:
+                break
+            end += len(line)
+    return end
 
 
 def flatten(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
@@ -156,4 +174,7 @@ def _open_wandb(run: Path, config: ExperimentConfig, resume_step: int) -> Mirror
         tags=config.experiment.tags,
         config=config.model_dump(mode="json"),
     )
-    return Mirror("W&B", lambda values, step: wandb_run.log(values, step=step), wandb_run.finish)
+    # W&B's own step only grows, and it drops what comes with a lower one: rows of a run that went back.
+    wandb_run.define_metric("train_step")
+    wandb_run.define_metric("*", step_metric="train_step")
+    return Mirror("W&B", lambda values, step: wandb_run.log({"train_step": step, **values}), wandb_run.finish)

@@ -74,7 +74,11 @@ class RunFolder:
         self.write_json("manifest.json", _manifest(config, plan, parameters, global_batch, layout, self._ranks))
 
     def write_json(self, name: str, content: dict[str, Any] | list[Any]) -> None:
-        """Write a JSON file of the folder, whole or not at all."""
+        """Write a JSON file of the folder, whole or not at all.
+
+        Raises:
+            OSError: the disk fails.
+        """
         if self._ranks.is_first:
             write_atomic(self.path / name, json.dumps(content, indent=1) + "\n")
 

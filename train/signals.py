@@ -3,10 +3,14 @@
 SIGTERM, Ctrl-C   save after this step and exit with 0
 SIGUSR2           the same, and ask for another start: exit with 75
 Ctrl-C twice      stop at once
+
+SIGUSR2 would end a rank that is still starting, as it ends every program that does not know it. minigpt-train and the
+Slurm script start theirs with SIGUSR2 ignored, and wait for them to listen, or send it again.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 
@@ -25,6 +29,8 @@ class StopRequest:
         self.requested = self.requeue = False
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
             signal.signal(number, self._handle)
+        # It may come again while Python ends, which takes the handlers away before it is done.
+        atexit.register(signal.signal, signal.SIGUSR2, signal.SIG_IGN)
 
     def _handle(self, number: int, frame: object) -> None:
         self.requested = True

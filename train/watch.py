@@ -317,8 +317,10 @@ class Watch:
     def _say(self, message: str) -> None:
         with contextlib.suppress(OSError):  # nobody reads the output any more
             print(message, file=sys.stderr, flush=True)
-        with (self._logs / "train.log").open("a", encoding="utf-8") as log:
-            log.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {message}\n")
+        with (self._logs / "train.log").open(
+            "ab", buffering=0
+        ) as log:  # in one piece, for the run's own log grows, too
+            log.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {message}\n".encode())
 
     def _complain(self, error: OSError) -> None:
         """Say once that the watch is limited."""
