@@ -86,7 +86,7 @@ def check(found: dict, alone) -> None:
         for name, gradient in gradients.items():
             error = (run.gradients[name] - gradient).norm() / gradient.norm()
             assert error < 1e-5, (family, layout, name, error)
-        assert one.losses[-1] < one.losses[0] - 0.1  # or equal losses say little
+        assert one.losses[-1] < one.losses[0] - 0.03  # or equal losses say little
 
 
 def test_layouts_of_two_ranks(tmp_path, alone):
