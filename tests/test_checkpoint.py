@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
-import shutil
 import subprocess
 import sys
 import threading
@@ -14,20 +12,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from checkpoint_ranks import Moments, state
-from simulated_ranks import Grid, as_rank, fused_cut, held, write_together
 from small_models import make_model
-from test_export import write_run
-from training_runs import ROOT, checkpoint_tensors, step_folder
+from training_runs import checkpoint_tensors, step_folder
 
 from shards.errors import UserError
-from tools.hub_export import export_pretrained
 from train import checkpoint_files
-from train.checkpoint import Checkpoints, load_weights, stored_tensors, weights_sha256
+from train.checkpoint import Checkpoints, load_weights, weights_sha256
 from train.config import CheckpointingSection
 from train.distributed import Ranks
 from train.layout import Layout
-from train.models.hf import load_pretrained
-from train.pieces import StoredTensor
 from train.run_state import RunState
 
 ALONE = Layout(Ranks(0, 1, torch.device("cpu"), None))
@@ -235,14 +228,63 @@ def test_an_old_one_that_cannot_be_judged_is_said_and_the_new_one_stays(run):
     assert steps(checkpoints) == [1, 2]
 
 
-def test_the_same_step_again_takes_the_place(run):
-    """After a rollback."""
+def test_one_of_the_same_step_is_not_written_over(run):
+    """A rollback has set it aside: this is a defect, and must not cost a checkpoint."""
     checkpoints = run.open()
     checkpoints.save(state(1), run.model, run.optimizer, wait=True)
-    checkpoints.save(state(1, skipped_steps=7), run.model, run.optimizer, wait=True)
-    assert steps(checkpoints) == [1]
-    assert RunState.read(step_folder(run.path, 1)).skipped_steps == 7
+    with pytest.raises(UserError, match="could not be written"):
+        checkpoints.save(state(1, skipped_steps=7), run.model, run.optimizer, wait=True)
+    assert RunState.read(step_folder(run.path, 1)).skipped_steps == 0
     assert not list(checkpoints.folder.glob(".*"))
+
+
+# What is looked at before it is loaded
+
+
+def spoil(checkpoint: Path) -> str:
+    """Change a byte in the middle of a file; returns its name."""
+    path = next(checkpoint.glob("*.distcp"))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    return path.name
+
+
+def test_one_with_a_wrong_byte_is_passed_over(run):
+    checkpoints = run.open(save_total_limit=None)
+    for step in (1, 2, 3):
+        checkpoints.save(state(step), run.model, run.optimizer, wait=True)
+    name = spoil(step_folder(run.path, 3))
+    spoil(step_folder(run.path, 2))
+    assert checkpoints.find(None) == step_folder(run.path, 1)
+    assert run.said[-2:] == [
+        f"note: {step_folder(run.path, step)} is passed over: {name} is not as it was written" for step in (3, 2)
+    ]
+    with pytest.raises(UserError, match=f"step-00000002: a run cannot go on from this checkpoint .{name} is not as"):
+        checkpoints.find(str(step_folder(run.path, 2)))
+    for checkpoint in (step_folder(run.path, 1), step_folder(run.path, 2)):  # as a rollback would
+        if checkpoint.name.endswith("1"):
+            checkpoints.load(checkpoint, run.model, run.optimizer)
+        else:
+            with pytest.raises(UserError, match=f"step-00000002: the checkpoint cannot be read .*{name} is not as"):
+                checkpoints.load(checkpoint, run.model, run.optimizer)
+    spoil(step_folder(run.path, 1))
+    with pytest.raises(UserError, match=rf"no checkpoint here can be gone on from .step-00000003: {name} is not as"):
+        checkpoints.find("auto")
+
+
+def test_what_was_found_good_is_not_read_once_more(run, monkeypatch):
+    checkpoints = run.open()
+    checkpoints.save(state(1), run.model, run.optimizer, wait=True)
+    read, describe = [], checkpoint_files.describe_file
+    monkeypatch.setattr(checkpoint_files, "describe_file", lambda path: (read.append(path), describe(path))[1])
+    path = checkpoints.find(None)
+    assert path is not None
+    assert len(read) == len(RunState.read(path).files) == 2
+    checkpoints.load(path, run.model, run.optimizer)
+    assert len(read) == 2
+    run.open().load(path, run.model, run.optimizer)
+    assert len(read) == 4
 
 
 # A write that fails
@@ -303,42 +345,27 @@ def test_what_a_killed_write_left_is_removed(run):
     assert not left.exists()
 
 
-# Any layout
+# The end of a process
 
 
-def cut_of(name: str, shape: tuple[int, ...], tp: int, rank: int):
-    """Some matrices cut by columns, some by rows in two parts, the others whole."""
-    if "o_proj" in name or "down_proj" in name:
-        return fused_cut(shape, 1, [shape[1]], tp, rank)
-    if "q_proj" in name or "gate" in name:
-        return fused_cut(shape, 0, [shape[0] // 2] * 2, tp, rank)
-    return None
+def test_a_process_waits_at_its_end_but_not_forever():
+    """For a rank that hangs, torchrun learns of the failure of another one only when that has ended."""
+    program = (
+        "import sys, time\n"
+        "from train import checkpoint_files\n"
+        "checkpoint_files.EXIT_SECONDS = 3\n"
+        "def write(seconds):\n"
+        "    time.sleep(seconds)\n"
+        "    print('written after', seconds, flush=True)\n"
+        "checkpoint_files.in_background(write, 1)\n"
+        "checkpoint_files.in_background(write, 100)\n"
+        "sys.exit(3)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=90)
+    assert (done.returncode, done.stdout) == (3, "written after 1\n"), done.stderr
 
 
-@pytest.mark.parametrize("grid", [Grid(shard=2), Grid(tp=2), Grid(replicate=2, shard=2, tp=2)], ids=str)
-def test_a_sharded_checkpoint_is_hashed_loaded_and_exported_like_a_whole_one(grid, tmp_path):
-    model = make_model()
-    run = write_run(tmp_path / "run", model)
-    whole = step_folder(run, 0)
-    ranks = []
-    for rank, place in enumerate(grid.places):
-        stored = {}
-        with as_rank(rank, len(grid.places)):
-            for name, tensor in model.state_dict().items():
-                cut = cut_of(name, tuple(tensor.shape), grid.tp, place[2]) if grid.tp > 1 else None
-                stored[f"model.{name}"] = StoredTensor.of(held(tensor, grid, place, cut)[0], cut)
-        ranks.append(stored)
-    sharded = step_folder(run, 1)
-    write_together(sharded, ranks)
-    shutil.copy(whole / "state.json", sharded)
-    assert len(list(sharded.glob("*.distcp"))) == len(grid.places)
-    assert weights_sha256(sharded) == weights_sha256(whole)
-    other = make_model(seed=3)
-    load_weights(sharded, other)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
-    export_pretrained(sharded, tmp_path / "hub", dtype="float32")
-    exported = load_pretrained(tmp_path / "hub")
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), exported.parameters(), strict=True))
+# Which model
 
 
 def test_the_hash_is_of_all_weights(run):
@@ -358,34 +385,3 @@ def test_another_model_is_refused(run):
     other = make_model(num_hidden_layers=3)
     with pytest.raises(UserError, match=r"checkpoint of another model: model\.layers\.2\."):
         checkpoints.load(step_folder(run.path, 1), other, Moments(other))
-
-
-def test_two_ranks(tmp_path):
-    """FSDP and DDP on gloo; a rank that cannot write spoils the checkpoint for all, and the next one is written."""
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*program, str(ROOT / "tests" / "checkpoint_ranks.py"), str(tmp_path)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    expected = make_model()
-    alone = Checkpoints(tmp_path / "alone", CheckpointingSection(output_dir="unused"), ALONE, print)
-    optimizer = Moments(expected)
-    alone.save(state(1), expected, optimizer, wait=True)
-    theirs = checkpoint_tensors(step_folder(tmp_path / "alone", 1))
-    for name in ("fsdp", "ddp"):
-        path = step_folder(tmp_path / name, 1)
-        sizes = [entry["bytes"] for file, entry in RunState.read(path).files.items() if file.endswith(".distcp")]
-        assert len(sizes) == 2
-        assert max(sizes) < 1.3 * min(sizes)
-        ours = checkpoint_tensors(path)
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
-        other = make_model(seed=9)
-        moments = Moments(other, seed=9)
-        alone.load(path, other, moments)
-        assert torch.equal(moments.exp_avg["norm.weight"], optimizer.exp_avg["norm.weight"])
-    log = json.loads((tmp_path / "said.json").read_text())
-    assert any("step-00000002: the checkpoint could not be written (OSError: [Errno 28]" in line for line in log)
-    assert step_folder(tmp_path / "fsdp", 3).exists()
-    assert not step_folder(tmp_path / "fsdp", 2).exists()
-    assert stored_tensors(expected, None).keys() == {name for name in theirs if name.startswith("model.")}

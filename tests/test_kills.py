@@ -119,6 +119,7 @@ def test_killed_and_stopped_while_saving(mixture, tmp_path):
     assert_same_run(tmp_path / "cut" / "run", tmp_path / "whole" / "run", steps)
 
 
+@pytest.mark.slow
 def test_one_of_two_ranks_killed_while_saving(mixture, tmp_path):
     steps = 12
     run(experiment(tmp_path / "whole", mixture, steps, ranks=2), ranks=2)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from simulated_ranks import Grid, as_rank, fused_cut, held, write_together
 from torch import Tensor
 
-from train.checkpoint_files import HostMemory, read_tensors, stored_shapes
+from train.checkpoint_files import HostMemory, Key, choose_writers, own_pieces, piece_sizes, read_tensors, stored_shapes
 from train.pieces import StoredTensor, pieces
 
 GRIDS = [Grid(r, s, t) for r in (1, 2) for s in (1, 2, 3, 5) for t in (1, 2, 4)]
@@ -93,6 +93,58 @@ def test_copies_are_written_once_and_shared_evenly(grid, tmp_path):
     data = 40 * 512 * 64 * 4
     assert data <= sum(sizes) < 1.1 * data  # torch.save puts a kilobyte or two around each piece
     assert max(sizes) < 1.3 * min(sizes)
+
+
+KINDS = ("model", "optimizer.exp_avg", "optimizer.exp_avg_sq")
+
+
+@settings(max_examples=10, deadline=None)
+@given(grids, st.sampled_from([1, 2]))
+def test_each_piece_has_one_writer_that_holds_it(grid, stages):
+    """Of a matrix that tensor parallelism cuts, a vector, a counter, and an embedding that all stages have."""
+    size = len(grid.places)
+    ranks: list[dict[str, StoredTensor]] = [{} for _ in range(stages * size)]
+    wholes = {"embed": torch.randn(96, 4), "matrix": torch.randn(64, 4), "norm": torch.randn(16)}
+    for name, whole in wholes.items():
+        cut = (0, [32, 32]) if name == "matrix" else (None, [])
+        for place, stored in enumerate(pieces_of_all(whole, *cut, grid, plain=False)):
+            for rank in range(place, len(ranks), size):
+                of_stage = name if name == "embed" else f"layers.{rank // size}.{name}"
+                ranks[rank] |= {f"{kind}.{of_stage}": stored for kind in KINDS}
+                ranks[rank]["optimizer.count"] = StoredTensor.of(torch.tensor(1.0))
+    tables = [piece_sizes(tensors) for tensors in ranks]
+    writers = choose_writers(tables)
+    assert writers == choose_writers([dict(reversed(table.items())) for table in tables])  # the same on all ranks
+    written: dict[Key, int] = {}
+    for rank, (tensors, table) in enumerate(zip(ranks, tables, strict=True)):
+        own = piece_sizes(own_pieces(tensors, {key: writers[key] == rank for key in table}))
+        assert not own.keys() & written.keys()
+        written |= own
+    assert written.keys() == writers.keys() == set().union(*tables)
+    counts = {name: tensor.shape.numel() for tensors in ranks for name, tensor in tensors.items()}
+    for name, count in counts.items():  # each element once
+        assert sum(size for (of, _), size in written.items() if of == name) == 4 * count
+
+
+@pytest.mark.parametrize(
+    "grid", [Grid(replicate=4), Grid(replicate=2, shard=2), Grid(replicate=2, tp=2), Grid(tp=4), Grid(shard=4)], ids=str
+)
+@pytest.mark.parametrize("kinds", [KINDS[:1], KINDS], ids=["weights", "all"])
+def test_ranks_have_about_as_much_to_write(grid, kinds):
+    """Of 30 matrices of three sizes and 10 vectors; the weights alone as well as all."""
+    ranks: list[dict[str, StoredTensor]] = [{} for _ in grid.places]
+    shapes = [(64 * (1 + number % 3), 32) for number in range(30)] + [(32,)] * 10
+    for number, shape in enumerate(shapes):
+        dim, parts = (0, [shape[0]]) if len(shape) == 2 else (None, [])
+        for rank, stored in enumerate(pieces_of_all(torch.zeros(shape), dim, parts, grid, plain=False)):
+            ranks[rank] |= {f"{kind}.w{number}": stored for kind in KINDS}
+    tables = [piece_sizes(tensors) for tensors in ranks]
+    sizes = [0] * len(ranks)
+    for (name, offsets), writer in choose_writers(tables).items():
+        if name.startswith(kinds):
+            sizes[writer] += tables[writer][name, offsets]
+    assert sum(sizes) == len(kinds) * sum(4 * torch.Size(shape).numel() for shape in shapes)
+    assert max(sizes) < 1.1 * min(sizes)
 
 
 def test_a_rank_may_have_some_of_the_names_and_scalars_are_equal_on_all(tmp_path):

@@ -4,9 +4,10 @@
                       state.json   step, next sample, the plan behind it, what a resumed run must not change, and sizes
                                    and hashes of the other files, as they were read back
 
-Training waits only while the tensors are copied to the host's memory; a thread writes them beside the checkpoint's
-name, reads them back, renames, and removes what is beyond the limit. Learning rate and data order are pure functions of
-step and sample number and nothing draws random numbers while training, so there is no other state.
+Training waits only while the tensors are copied to the host's memory, what several ranks hold by one of them; a thread
+writes them beside the checkpoint's name, reads them back, renames, and removes what is beyond the limit. Learning rate
+and data order are pure functions of step and sample number and nothing draws random numbers while training, so there is
+no other state.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,8 +35,15 @@ from torch.distributed.tensor import DTensor
 from shards.errors import UserError
 from shards.files import sync_directory, write_atomic
 from train.checkpoint_files import (
+    WEIGHTS,
     HostMemory,
-    describe_file,
+    Key,
+    all_finite,
+    choose_writers,
+    find_damage,
+    in_background,
+    own_pieces,
+    piece_sizes,
     read_tensors,
     reason,
     stored_shapes,
@@ -46,7 +54,7 @@ from train.config import CheckpointingSection
 from train.layout import Layout
 from train.models.transformer import BaseModelForCausalLM
 from train.pieces import StoredTensor
-from train.run_state import RunState, complete_checkpoints, step_of
+from train.run_state import RunState, complete_checkpoints, expired_checkpoints, step_of
 from train.stored_weights import StoredWeights
 
 # Saving from a single process without a process group is meant.
@@ -79,9 +87,10 @@ class Checkpoints:
         self.folder = run / "checkpoints"
         self._section, self._ranks, self.say = section, layout.ranks, say
         # Of its own: the thread that writes talks while the training thread does.
-        self._group = None if layout.ranks.host_group is None else dist.new_group(backend="gloo")
+        self._group = layout.ranks.background_group()
         self._memory = HostMemory(layout.ranks.device)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writes: dict[Key, bool] | None = None  # whether it is this rank that writes a piece which it holds
+        self._verified: Path | None = None  # the checkpoint whose files were last found to be as they were written
         self._writing: Future[Any] | None = None
 
     def all(self) -> list[Path]:
@@ -91,16 +100,19 @@ class Checkpoints:
     def find(self, resume_from: str | None) -> Path | None:
         """The checkpoint to start from: None or "auto": the newest; "never": none; else a path.
 
-        Those that hold weights only are not considered, and one that lacks a part of a file or whose weights are not
-        finite is passed over, which is said. A run that was started from a path and is started so again goes on from
-        its own newest checkpoint.
+        Those that hold weights only are not considered, and one with a file that is not as it was written, or whose
+        weights are not finite, is passed over, which is said. Each rank reads its share of the files. A run that was
+        started from a path and is started so again goes on from its own newest checkpoint.
 
         Raises:
-            UserError: the path holds no checkpoint that a run can go on from, or all checkpoints here are damaged.
+            UserError: the path holds no checkpoint that a run can go on from, or all checkpoints here are damaged, or
+                the ranks see different ones.
         """
         if resume_from == "never":
             return None
         own = self._resumable()
+        if len(set(together(lambda: tuple(path.name for path in own), self._group))) > 1:
+            raise UserError(f"{self.folder}: the ranks see different checkpoints; do they all share this file system?")
         if resume_from in (None, "auto") or (own and RunState.read(own[0]).origin == resume_from):
             return self._newest_good(own)
         path = Path(resume_from or "")
@@ -111,7 +123,7 @@ class Checkpoints:
                 "it; take one whose step is a multiple of its checkpointing.save_optimizer_every, or start a new run "
                 f"from these weights with model.from_pretrained={path}"
             )
-        if fault := state.fault(path):
+        if fault := self._fault(path):
             raise UserError(f"{path}: a run cannot go on from this checkpoint ({fault}); take another one")
         return path
 
@@ -126,17 +138,28 @@ class Checkpoints:
         return [path for path in reversed(self.all()) if RunState.read(path).resumable]
 
     def _newest_good(self, checkpoints: list[Path]) -> Path | None:
+        faults = []
         for path in checkpoints:
-            fault = RunState.read(path).fault(path)
+            fault = self._fault(path)
             if fault is None:
                 return path
             self.say(f"note: {path} is passed over: {fault}")
-        if checkpoints:
+            faults.append(f"{path.name}: {fault}")
+        if faults:
             raise UserError(
-                f"{self.folder}: no checkpoint here can be gone on from ({checkpoints[0].name}: {fault}); restore its "
-                "files, or start anew with checkpointing.resume_from_checkpoint=never"
+                f"{self.folder}: no checkpoint here can be gone on from ({faults[0]}); restore its files, or start "
+                "anew with checkpointing.resume_from_checkpoint=never"
             )
         return None
+
+    def _fault(self, checkpoint: Path) -> str | None:
+        """Why no run can go on from a checkpoint, as any of the ranks finds."""
+        state = RunState.read(checkpoint)
+        found = together(lambda: state.fault(checkpoint), self._group)
+        fault = next(filter(None, found), None) or find_damage(checkpoint, state.files, self._group)
+        if fault is None:
+            self._verified = checkpoint
+        return fault
 
     def set_aside(self, step: int) -> Path | None:
         """Move checkpoints of later steps, and a copy of the metrics, out of the way of a run that goes on from `step`.
@@ -161,7 +184,9 @@ class Checkpoints:
 
     def reserve(self, model: BaseModelForCausalLM, optimizer: Optimizer) -> None:
         """Get the host's memory for the copies in the background, so that the first save does not have to."""
-        self._writing = self._thread.submit(self._memory.reserve, stored_tensors(model, optimizer))
+        self.wait()
+        tensors = stored_tensors(model, optimizer)
+        self._writing = in_background(lambda: self._memory.reserve(self._own(tensors)))
 
     def save(self, state: RunState, model: BaseModelForCausalLM, optimizer: Optimizer, *, wait: bool = False) -> float:
         """Copy the model and the optimiser, and write a checkpoint of them in the background.
@@ -183,8 +208,10 @@ class Checkpoints:
         self.wait()
         every = self._section.save_optimizer_every
         state = dataclasses.replace(state, resumable=wait or every is None or state.step % every == 0)
-        tensors = self._memory.copy(stored_tensors(model, optimizer if state.resumable else None))
-        writing = self._thread.submit(self._write, state, tensors)
+        own = self._own(stored_tensors(model, optimizer))
+        if not state.resumable:
+            own = {name: tensor for name, tensor in own.items() if name.startswith(WEIGHTS)}
+        writing = in_background(self._write, state, self._memory.copy(own))
         if wait:
             try:
                 self.say(writing.result())
@@ -220,7 +247,15 @@ class Checkpoints:
             UserError: a file of it is missing or damaged, or it is of another model.
         """
         self.wait()
-        _read(checkpoint, stored_tensors(model, optimizer), model, self._group)
+        _read(checkpoint, stored_tensors(model, optimizer), model, self._group, verified=checkpoint == self._verified)
+
+    def _own(self, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+        """Those pieces that this rank has to write; the first time all ranks share what they hold, which stays so."""
+        if self._writes is None:
+            tables = together(lambda: piece_sizes(tensors), self._group)
+            writers = choose_writers(tables)
+            self._writes = {key: writers[key] == self._ranks.rank for key in tables[self._ranks.rank]}
+        return own_pieces(tensors, self._writes)
 
     def _write(self, state: RunState, tensors: dict[str, StoredTensor]) -> str:
         """Write, read back and publish a checkpoint with all ranks, then remove the oldest; what there is to say."""
@@ -230,7 +265,7 @@ class Checkpoints:
         try:
             together(lambda: self._begin(temporary), self._group)
             files = write_tensors(temporary, tensors, self._group)
-            finite = all(together(lambda: _finite(tensors), self._group))
+            finite = all(together(lambda: all_finite(tensors), self._group))
             state = dataclasses.replace(state, finite=finite, files=files)
             together(lambda: self._publish(state, temporary, final), self._group)
             warning = together(self._rotate, self._group)[0]  # all ranks see the same checkpoints afterwards
@@ -254,9 +289,7 @@ class Checkpoints:
         if not self._ranks.is_first:
             return
         write_atomic(temporary / "state.json", json.dumps(dataclasses.asdict(state), indent=1))
-        if final.exists():  # of the same step, before a rollback
-            self._discard(final)
-        os.replace(temporary, final)
+        os.replace(temporary, final)  # fails where there is one: a run that goes back sets later ones aside first
         sync_directory(self.folder)
 
     def _rotate(self) -> str:
@@ -264,34 +297,13 @@ class Checkpoints:
         if not self._ranks.is_first:
             return ""
         try:
-            for old in self._expired():
-                self._discard(old)
+            limit = self._section.save_total_limit
+            for old in [] if limit is None else expired_checkpoints(self.folder, limit):
+                os.replace(old, self.folder / f".{old.name}.old.tmp")  # half a checkpoint is never seen
         except (OSError, UserError) as error:
             return f"; older ones could not be removed ({reason(error)})"
         self._remove_unfinished()
         return ""
-
-    def _expired(self) -> list[Path]:
-        """What is beyond the limit, oldest first.
-
-        Of those that can be resumed from as many as the limit says are kept, and those that hold weights only in the
-        places that are left. The newest of all stays in any case, and so does the newest that a run can go on from.
-        """
-        limit = self._section.save_total_limit
-        if limit is None:
-            return []
-        states = {path: RunState.read(path) for path in self.all()}
-        resumable = [path for path, state in states.items() if state.resumable]
-        weights_only = [path for path, state in states.items() if not state.resumable]
-        expired = resumable[:-limit]
-        excess = len(states) - len(expired) - limit
-        expired += weights_only[: max(0, excess)]
-        good = [path for path in resumable if not states[path].fault(path)]
-        return [path for path in expired if path not in (*good[-1:], *list(states)[-1:])]
-
-    def _discard(self, checkpoint: Path) -> None:
-        """Take a checkpoint's name from it: half a checkpoint is never seen."""
-        os.replace(checkpoint, self.folder / f".{checkpoint.name}.old.tmp")
 
     def _remove_unfinished(self) -> None:
         for temporary in self.folder.glob(".step-*.tmp"):
@@ -304,7 +316,7 @@ def stored_tensors(model: BaseModelForCausalLM, optimizer: Optimizer | None) -> 
         model.reshard()  # validation leaves the weights outside of the blocks gathered, in the compute dtype
     parameters = dict(model.named_parameters())
     tensors = {
-        f"model.{name}": StoredTensor.of(tensor, model.cuts.get(name))
+        f"{WEIGHTS}{name}": StoredTensor.of(tensor, model.cuts.get(name))
         for name, tensor in (*parameters.items(), *model.named_buffers())
     }
     for kind, entries in ({} if optimizer is None else optimizer.state_dict()).items():
@@ -321,23 +333,25 @@ def _local_shape(tensor: Tensor) -> torch.Size:
     return tensor.to_local().shape if isinstance(tensor, DTensor) else tensor.shape
 
 
-def _finite(tensors: dict[str, StoredTensor]) -> bool:
-    """Whether all weights among this rank's tensors are."""
-    weights = [part.tensor for name, tensor in tensors.items() if name.startswith("model.") for part in tensor.parts]
-    return all(bool(torch.stack(torch.aminmax(weight)).isfinite().all()) for weight in weights)
-
-
-def load_weights(checkpoint: Path, model: BaseModelForCausalLM) -> None:
+def load_weights(checkpoint: Path, model: BaseModelForCausalLM, group: dist.ProcessGroup | None = None) -> None:
     """Read only the weights of a checkpoint into what this rank has of a model.
+
+    Args:
+        group: all ranks of it call this together, and each checks its share of the files; None: this one is alone.
 
     Raises:
         UserError: a file of it is missing or damaged, or it is of another model.
     """
-    _read(checkpoint, stored_tensors(model, None), model, None)
+    _read(checkpoint, stored_tensors(model, None), model, group)
 
 
 def _read(
-    checkpoint: Path, tensors: dict[str, StoredTensor], model: BaseModelForCausalLM, group: dist.ProcessGroup | None
+    checkpoint: Path,
+    tensors: dict[str, StoredTensor],
+    model: BaseModelForCausalLM,
+    group: dist.ProcessGroup | None,
+    *,
+    verified: bool = False,
 ) -> None:
     if not checkpoint.is_dir():
         raise UserError(f"{checkpoint}: no such checkpoint")
@@ -346,7 +360,8 @@ def _read(
         # Read here first: dcp would log a traceback of its own where this fails.
         stored = stored_shapes(checkpoint)
         _check_model(model, stored, checkpoint)
-        together(lambda: _check_files(checkpoint, state, group), group)
+        if not verified and (damage := find_damage(checkpoint, state.files, group)):
+            raise OSError(damage)
         # What watches the gradients' norm begins anew where a checkpoint is older than that.
         wanted = {n: t for n, t in tensors.items() if n in stored or not n.startswith("optimizer.guard.")}
         read_tensors(checkpoint, wanted, group)
@@ -359,18 +374,10 @@ def _read(
         ) from error
 
 
-def _check_files(checkpoint: Path, state: RunState, group: dist.ProcessGroup | None) -> None:
-    """Compare this rank's share of the files with what was written."""
-    rank, size = (0, 1) if group is None else (group.rank(), group.size())
-    for name in sorted(state.files)[rank::size]:
-        if describe_file(checkpoint / name) != state.files[name]:
-            raise OSError(f"{name} is not as it was written")
-
-
 def _check_model(model: BaseModelForCausalLM, stored: dict[str, tuple[int, ...]], checkpoint: Path) -> None:
     """Refuse a checkpoint of another model: dcp would ignore what the model does not ask for."""
-    found = {name: shape for name, shape in stored.items() if name.startswith("model.")}
-    wanted = {f"model.{name}": shape for name, shape in model.whole_shapes.items()}
+    found = {name: shape for name, shape in stored.items() if name.startswith(WEIGHTS)}
+    wanted = {f"{WEIGHTS}{name}": shape for name, shape in model.whole_shapes.items()}
     if wrong := [name for name in [*wanted, *found] if found.get(name) != wanted.get(name)]:
         raise UserError(
             f"{checkpoint}: this is a checkpoint of another model: {wrong[0]} is {found.get(wrong[0], 'missing')} "

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import threading
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +27,53 @@ from xxhash import xxh3_64
 from train.pieces import LoadPlanner, Piece, SavePlanner, StoredTensor
 
 T = TypeVar("T")
+WEIGHTS = "model."  # how the names of weights begin
+Key = tuple[str, tuple[int, ...]]  # a piece: name of the tensor, and where it begins in it
+EXIT_SECONDS = 120  # that a process waits at its end for what its background threads do
+
+
+def piece_sizes(tensors: dict[str, StoredTensor]) -> dict[Key, int]:
+    """Bytes of every piece that this rank holds."""
+    return {(name, part.offsets): part.tensor.nbytes for name, tensor in tensors.items() for part in tensor.parts}
+
+
+def choose_writers(tables: list[dict[Key, int]]) -> dict[Key, int]:
+    """The rank that writes each piece, one of those that hold it; all have about as much to write.
+
+    First go the weights, so that these alone are shared evenly too; of them and of the rest first what the fewest ranks
+    hold, then the largest, each to the one that has least to write so far.
+
+    Args:
+        tables: of every rank, what it holds (see `piece_sizes`).
+    """
+    holders: dict[Key, list[int]] = {}
+    for rank, table in enumerate(tables):
+        for key in table:
+            holders.setdefault(key, []).append(rank)
+
+    def order(key: Key) -> tuple[bool, int, int, Key]:
+        return not key[0].startswith(WEIGHTS), len(holders[key]), -tables[holders[key][0]][key], key
+
+    writers, loads = {}, [0] * len(tables)
+    for key in sorted(holders, key=order):
+        writers[key] = writer = min(holders[key], key=loads.__getitem__)
+        loads[writer] += tables[writer][key]
+    return writers
+
+
+def own_pieces(tensors: dict[str, StoredTensor], writes: dict[Key, bool]) -> dict[str, StoredTensor]:
+    """Of the pieces that this rank holds those that it writes, as `writes` says of every one."""
+    found = {}
+    for name, tensor in tensors.items():
+        if parts := [part for part in tensor.parts if writes[name, part.offsets]]:
+            found[name] = StoredTensor(tuple(tensor.shape), tensor.dtype, parts)
+    return found
+
+
+def all_finite(tensors: dict[str, StoredTensor]) -> bool:
+    """Whether all weights are."""
+    weights = [part.tensor for name, tensor in tensors.items() if name.startswith(WEIGHTS) for part in tensor.parts]
+    return all(bool(torch.stack(torch.aminmax(weight)).isfinite().all()) for weight in weights)
 
 
 class HostMemory:
@@ -73,6 +125,26 @@ class HostMemory:
 def _aligned(size: int) -> int:
     """Rounded up to a cache line."""
     return -(-size // 64) * 64
+
+
+def in_background(function: Callable[..., T], *arguments: Any) -> Future[T]:
+    """Call a function in a thread that does not keep a process from ending: it may be waiting for a rank that hangs.
+
+    A process that ends waits for it for at most `EXIT_SECONDS`.
+    """
+    future: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+        atexit.unregister(ending)
+
+    ending = partial(wait_for, [future], EXIT_SECONDS)
+    atexit.register(ending)
+    threading.Thread(target=work, name="checkpoint", daemon=True).start()
+    return future
 
 
 class RankError(Exception):
@@ -178,6 +250,22 @@ def describe_file(path: Path) -> dict[str, Any]:
             digest.update(buffer[:count])
             size += count
     return {"bytes": size, "xxh3": digest.hexdigest()}
+
+
+def find_damage(folder: Path, files: dict[str, dict[str, Any]], group: dist.ProcessGroup | None) -> str | None:
+    """What is wrong with the files that `write_tensors` described, if anything; each rank reads its share of them."""
+    rank, size = (0, 1) if group is None else (group.rank(), group.size())
+
+    def look() -> str | None:
+        for name in sorted(files)[rank::size]:
+            try:
+                if describe_file(folder / name) != files[name]:
+                    return f"{name} is not as it was written"
+            except OSError as error:
+                return reason(error)
+        return None
+
+    return next(filter(None, together(look, group)), None)
 
 
 def read_tensors(folder: Path, tensors: dict[str, StoredTensor], group: dist.ProcessGroup | None) -> None:

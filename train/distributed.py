@@ -19,6 +19,8 @@ from shards.errors import UserError
 
 START_TIMEOUT = timedelta(hours=1)  # of an exchange until the first step is over: ranks load and compile unevenly
 STEP_TIMEOUT = timedelta(minutes=10)  # then: a dead network or rank ends the run, and torchrun starts it again
+BACKGROUND_TIMEOUT = timedelta(hours=12)  # of an exchange beside training: ranks wait for the slowest disk
+_BACKGROUND = "beside training"  # description of such a group
 GARBAGE_STEPS = 100  # between two collections of garbage
 
 
@@ -62,6 +64,15 @@ class Ranks:
         """Wait for all ranks."""
         self.sum_on_host([0])
 
+    def background_group(self) -> dist.ProcessGroup | None:
+        """A new group of all ranks for a thread beside training, whose exchanges may take hours; None in a run of one.
+
+        All ranks must call it together.
+        """
+        if self.host_group is None:
+            return None
+        return dist.new_group(backend="gloo", timeout=BACKGROUND_TIMEOUT, group_desc=_BACKGROUND)
+
 
 def start_ranks(backend: str | None, run_path: Path | None = None) -> Ranks:
     """Join the process group that torchrun describes; alone without it.
@@ -95,9 +106,10 @@ def start_ranks(backend: str | None, run_path: Path | None = None) -> Ranks:
 
 
 def shorten_timeouts(timeout: timedelta = STEP_TIMEOUT) -> None:
-    """Let exchanges of every group that there is fail after `timeout`: to be called once the first step is over."""
+    """Let exchanges of every group that training waits for fail after `timeout`: to be called after the first step."""
     for group in process_groups():
-        _set_pg_timeout(timeout, group)
+        if group.group_desc != _BACKGROUND:
+            _set_pg_timeout(timeout, group)
 
 
 def process_groups() -> list[dist.ProcessGroup]:

@@ -119,6 +119,22 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def expired_checkpoints(folder: Path, limit: int) -> list[Path]:
+    """The checkpoints in a folder that are beyond a limit, oldest first.
+
+    Of those that can be resumed from as many as the limit says are kept, and those that hold weights only in the places
+    that are left. The newest of all stays in any case, and so does the newest that a run can go on from.
+    """
+    states = {path: RunState.read(path) for path in complete_checkpoints(folder)}
+    resumable = [path for path, state in states.items() if state.resumable]
+    weights_only = [path for path, state in states.items() if not state.resumable]
+    expired = resumable[:-limit]
+    excess = len(states) - len(expired) - limit
+    expired += weights_only[: max(0, excess)]
+    good = [path for path in resumable if not states[path].fault(path)]
+    return [path for path in expired if path not in (*good[-1:], *list(states)[-1:])]
+
+
 def step_of(checkpoint: Path) -> int:
     """The step in a checkpoint's name."""
     return int(checkpoint.name[5:])

@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from shards.errors import UserError
 from train.checkpoint import load_weights
 from train.load import find_checkpoint, run_model_config
@@ -44,8 +46,13 @@ def start_tokenizer(path: str | Path) -> Path:
     return (path if _is_hugging_face(path) else _find(path)[0]) / "tokenizer.json"
 
 
-def load_start_weights(model: BaseModelForCausalLM, path: str | Path) -> None:
-    """Fill what this rank has of an allocated model; every rank reads its own pieces, nothing is sent between them.
+def load_start_weights(model: BaseModelForCausalLM, path: str | Path, group: dist.ProcessGroup | None = None) -> None:
+    """Fill what this rank has of an allocated model; every rank reads its own pieces.
+
+    Args:
+        model: filled in place.
+        path: see above.
+        group: all ranks of it call this together, and share the check of a checkpoint; None: this one is alone.
 
     Raises:
         UserError: there are no weights at this path, they cannot be read, or they are of another model.
@@ -54,7 +61,7 @@ def load_start_weights(model: BaseModelForCausalLM, path: str | Path) -> None:
     if _is_hugging_face(folder):
         load_hf_weights(model, folder)
     else:
-        load_weights(folder, model)
+        load_weights(folder, model, group)
 
 
 def _is_hugging_face(path: Path) -> bool:
