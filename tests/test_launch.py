@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -17,6 +18,8 @@ from training_runs import ROOT, losses, results, rows, step_folder, train_here, 
 
 from shards.settings import load_yaml
 from tools import launch
+from tools.dry_run import dry_run
+from train.config import load_experiment
 
 STEPS = 30
 SLURM = ROOT / "docs" / "slurm" / "train.sbatch"
@@ -158,8 +161,29 @@ def test_a_dry_run_shows_everything_and_writes_nothing(mixture, tmp_path):
     assert re.search(r"code +84\.\d K .* 70\.000%", output)
     assert "37,536 parameters" in output
     assert "layout: 4 rank(s), fsdp x dp_shard 2 x tp 2; 2 data rank(s) x 1 micro-batch(es) x 4 windows" in output
+    assert re.search(r"memory of a rank, fsdp x dp_shard 2 x tp 2, 4 x 32 tokens +\n", output)
+    assert re.search(r"│ total +│ 0\.00 │", output)  # GiB, of so small a model
     first = train_here_first_document(mixture)
     assert first in output
+
+
+def test_a_dry_run_leaves_out_what_the_run_will(mixture, tmp_path, capsys):
+    """The samples that a rollback skipped behind the newest checkpoint."""
+    config = write_experiment(tmp_path, mixture, **SECTIONS)
+    assert train_here(config, "training.max_steps=6")[0] == 0
+    skipped = {"step": 6, "first_sample": 24, "next_sample": 40}
+    (tmp_path / "run" / "rollbacks.json").write_text(json.dumps([skipped]))
+
+    def first_batch(*overrides: str) -> str:
+        dry_run(load_experiment(config, overrides), 1)
+        return re.search(r"samples \[\d+, \d+\)", capsys.readouterr().out).group()
+
+    assert first_batch() == "samples [40, 44)"
+    new = f"checkpointing.output_dir={tmp_path / 'new'}"  # another run that starts from the same checkpoint
+    start = f"checkpointing.resume_from_checkpoint={step_folder(tmp_path / 'run', 6)}"
+    assert first_batch(new, start) == "samples [24, 28)"
+    assert train_here(config, "training.max_steps=7")[0] == 0
+    assert [row["next_sample"] for row in rows(tmp_path / "run") if row["step"] == 7 and "loss" in row] == [44]
 
 
 def train_here_first_document(mixture: dict) -> str:

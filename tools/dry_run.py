@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import torch
 from rich.console import Console
 
 from shards.describe import decode, explain, summarize, tables
+from tools.plan_memory import memory_plan
 from train.config import ExperimentConfig
 from train.distributed import Ranks
 from train.evaluate import Validation
+from train.hardware import gpu_of
 from train.prepare import Setup, prepare
+from train.rollback import with_rollbacks
 from train.run_state import RunState
 from train.start_weights import start_folder
 
@@ -39,6 +43,11 @@ def dry_run(config: ExperimentConfig, nproc: int) -> None:
     _title(console, "run")
     for line in _run(setup, nproc):
         console.out(line)
+    _title(console, "memory")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    console.print(memory_plan(setup.config, nproc, gpu_of(device)).render())
+    if device.type == "cpu":
+        console.out("as CPUs compute it; minigpt-plan --gpu plans for a card that is not here")
     _title(console, "first batch")
     for line in _first_batch(setup):
         console.out(line)
@@ -73,7 +82,12 @@ def _run(setup: Setup, nproc: int) -> list[str]:
 
 def _first_batch(setup: Setup) -> list[str]:
     """Where the next step's windows come from, and the beginnings of its first documents."""
-    first = 0 if setup.checkpoint is None else RunState.read(setup.checkpoint).next_sample
+    first = 0
+    if setup.checkpoint is not None:
+        state = RunState.read(setup.checkpoint)
+        if setup.past_steps(state):
+            state = with_rollbacks(state, Path(setup.config.checkpointing.output_dir))
+        first = state.next_sample
     samples = range(first, first + setup.global_batch)
     names = [source.name for source in setup.plan.sources]
     counts = Counter(names[index] for index in setup.plan.locate(np.array(samples)).source)

@@ -80,9 +80,15 @@ def find_gpu(name: str) -> Gpu:
     return GPUS[name]
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """bf16 dense FLOP/s of a device; None for CPUs and cards that the table does not have."""
+def gpu_of(device: torch.device) -> Gpu | None:
+    """The card that a device is; None for CPUs and cards that the table does not have."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((gpu.flops for gpu in GPUS.values() if name in gpu.devices), None)
+    return next((gpu for gpu in GPUS.values() if name in gpu.devices), None)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """bf16 dense FLOP/s of a device; None for CPUs and cards that the table does not have."""
+    gpu = gpu_of(device)
+    return None if gpu is None else gpu.flops
