@@ -149,7 +149,7 @@ def step_memory(
         kernel: of attention, a name of `train.models.attend`.
     """
     layout = make_layout(config, ranks)
-    _make_groups(layout)
+    make_groups(layout)
     model_config = load_model_config(config)
     with torch.device("meta"):
         model = ModelRegistry.create_model(model_config.model_type, model_config)
@@ -169,7 +169,7 @@ def step_memory(
         count = min(accumulation, 2)  # those that would follow are like the second
         for number in range(1, count + 1):
             delay_reduction(model, number < count)
-            _pass(model, layout, config.training.batch_size, length)
+            run_pass(model, layout, config.training.batch_size, length)
         reduce_gradients(model, layout)
     del optimizer
     torch._dynamo.reset()  # what it has compiled is for tensors of this mode
@@ -201,7 +201,7 @@ def _optimizer(model: BaseModelForCausalLM, config: ExperimentConfig, layout: La
     return momentum, AdamW(others, config.training)
 
 
-def _make_groups(layout: Layout) -> None:
+def make_groups(layout: Layout) -> None:
     """All process groups of a layout: they cannot be made of fake tensors."""
     if layout.ranks.world_size > 1:
         for mesh in (layout.mesh, layout.token_mesh, layout.stage_mesh):
@@ -225,7 +225,7 @@ def _fused_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return logits.new_zeros(len(labels), dtype=torch.float32), torch.empty_like(logits)
 
 
-def _pass(model: BaseModelForCausalLM, layout: Layout, batch_size: int, length: int) -> None:
+def run_pass(model: BaseModelForCausalLM, layout: Layout, batch_size: int, length: int) -> None:
     """Forward and backward of a micro-batch, in a pipeline those of this stage."""
     tokens = torch.zeros(batch_size, length, dtype=torch.int64)
     hidden = None

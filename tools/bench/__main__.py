@@ -8,6 +8,7 @@ import sys
 from shards.errors import UserError, run_command, unknown_name
 
 BENCHMARKS = {  # name: module and what it measures
+    "checkpoint": ("tools.bench.checkpoint_speed", "time that a checkpoint keeps training, in the background and not"),
     "loader": ("tools.bench.loader", "window loader against nanoGPT's get_batch, opening a trillion tokens"),
     "filter": ("tools.bench.filter_speed", "each filter against datatrove's"),
     "filter-decisions": ("tools.bench.filter_decisions", "documents that datatrove's filters judge differently"),
@@ -17,6 +18,7 @@ BENCHMARKS = {  # name: module and what it measures
     "moe-step": ("tools.bench.moe_step", "one mixture-of-experts layer against transformers' loop over experts"),
     "models": ("tools.bench.model_speed", "forward and backward of whole models against transformers, both compiled"),
     "optimizers": ("tools.bench.optimizers", "AdamW against Muon on the demo's data, both tuned; validation curves"),
+    "plan-memory": ("tools.bench.plan_memory", "planned memory of a training step against measured"),
     "prep": ("tools.bench.prep_speed", "JSONL to clean, deduplicated shards against datatrove; peak memory"),
     "tokenize": ("tools.bench.tokenize_speed", "JSONL to shards against a pool of `tokenizers`"),
     "train-step": ("tools.bench.train_step", "training step against the machine's own matrix-product rate"),
