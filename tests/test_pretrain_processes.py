@@ -205,12 +205,12 @@ def test_a_checkpoint_of_one_rank_goes_on_on_two_and_back(mixture, uninterrupted
     process = start(config, "parallel.strategy=fsdp", ranks=2)
     output = read_until(process, "step     22/")
     kill(process)
-    assert "2 rank(s) x 1 micro-batch(es) x 4 windows" in output
+    assert "2 data rank(s) x 1 micro-batch(es) x 4 windows" in output
     assert "resuming from" in output
     shutil.rmtree(step_folder(run_folder, 28), ignore_errors=True)
     shutil.rmtree(step_folder(run_folder, 30), ignore_errors=True)
     output = run(config)
-    assert "1 rank(s) x 2 micro-batch(es) x 4 windows" in output
+    assert "1 data rank(s) x 2 micro-batch(es) x 4 windows" in output
     assert "step-00000021 at step 21" in output
     assert [row.get("next_sample") for row in rows(run_folder)] == [
         row.get("next_sample") for row in rows(uninterrupted)
@@ -223,7 +223,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_on_one(mixture, sharded, uninterrupte
     config = write_experiment(tmp_path, mixture, **SECTIONS)
     one = "training.gradient_accumulation_steps=1"  # as in the file of the two ranks; the accumulation follows
     output = run(config, f"checkpointing.resume_from_checkpoint={path}", one)
-    assert "1 rank(s) x 2 micro-batch(es) x 4 windows" in output
+    assert "1 data rank(s) x 2 micro-batch(es) x 4 windows" in output
     assert_same_curve(losses(tmp_path / "run"), losses(uninterrupted)[14:])
 
 

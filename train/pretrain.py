@@ -200,9 +200,12 @@ def finish(run: RunFolder, setup: Setup) -> None:
     for row in rows:
         values |= {key: value for key, value in row.items() if key not in (*MEASURED, "next_sample")}
     initial = {f"initial_{k}": v for row in rows[:1] for k, v in row.items() if k in ("val_loss", "val_bpb")}
-    run.write_json("results.json", {**values, **initial, "weights_sha256": weights_sha256(checkpoint)})
-    plot_losses(rows, run.path / "loss.png", setup.config.experiment.name)
     run.say(f"done: {setup.ending}")
+    try:
+        run.write_json("results.json", {**values, **initial, "weights_sha256": weights_sha256(checkpoint)})
+        plot_losses(rows, run.path / "loss.png", setup.config.experiment.name)
+    except OSError as error:
+        run.say(f"results.json or loss.png could not be written ({error}): make room, the same command writes them")
     for label, name in [("results", "results.json"), ("curve", "loss.png"), ("metrics", "metrics.jsonl")]:
         run.say(f"  {label:<12}{run.path / name}")
     run.say(f"  {'checkpoint':<12}{checkpoint}")
