@@ -14,10 +14,14 @@ What is free ends where all are kept. The products of plain attention are not: i
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+# Blocks change nothing in place, of which PyTorch warns in four lines for every rank.
+logging.getLogger("torch._higher_order_ops.wrap").addFilter(lambda record: "context_fn" not in record.getMessage())
 
 Result = TypeVar("Result")
 Recompute = Literal["none", "full", "selective"]
