@@ -108,12 +108,12 @@ def interrupt(config: Path, run_folder: Path, ways: list, source: random.Random,
         assert reached > before
 
 
-def test_killed_and_stopped_while_saving(mixture, tmp_path):
-    steps = 16
+def test_killed_while_saving(mixture, tmp_path):
+    steps = 10
     status, output = train_here(experiment(tmp_path / "whole", mixture, steps))
     assert status == 0, output
     config = experiment(tmp_path / "cut", mixture, steps)
-    interrupt(config, tmp_path / "cut" / "run", [kill, stop], random.Random(1), ranks=0)
+    interrupt(config, tmp_path / "cut" / "run", [kill], random.Random(1), ranks=0)
     status, output = train_here(config)
     assert status == 0, output
     assert_same_run(tmp_path / "cut" / "run", tmp_path / "whole" / "run", steps)

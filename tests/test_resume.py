@@ -36,6 +36,11 @@ SECTIONS = {
 }
 
 
+def slow(case):
+    """A case that a faster one is much like."""
+    return pytest.param(case, marks=pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A finished run of 24 steps of 8 windows, with checkpoints at 8, 16 and 24."""
@@ -173,10 +178,10 @@ def test_two_processes_do_not_write_one_run(stopped):
     [
         [],
         ["training.batch_size=2", "training.gradient_accumulation_steps=4"],
-        ["training.batch_size=8", "training.gradient_accumulation_steps=1", "data.num_workers=0"],
+        slow(["training.batch_size=8", "training.gradient_accumulation_steps=1", "data.num_workers=0"]),
         ["parallel.strategy=fsdp", "data.num_workers=3", "data.prefetch_factor=5", "training.world_size=1"],
-        ["experiment.name=renamed", "experiment.tags=[new]", "checkpointing.save_total_limit=1"],
-        ["model.overrides.gradient_checkpointing=true", "model.overrides.use_flash_attention=false"],
+        slow(["experiment.name=renamed", "experiment.tags=[new]", "checkpointing.save_total_limit=1"]),
+        slow(["model.overrides.gradient_checkpointing=true", "model.overrides.use_flash_attention=false"]),
     ],
     ids=lambda overrides: overrides[0] if overrides else "nothing",
 )
@@ -322,7 +327,7 @@ def damage_one_byte(checkpoint: Path) -> None:
     path.write_bytes(content)
 
 
-DAMAGES = [damage_truncate, damage_missing, damage_metadata, damage_no_metadata, damage_one_byte]
+DAMAGES = [slow(damage_truncate), damage_missing, damage_metadata, slow(damage_no_metadata), damage_one_byte]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
