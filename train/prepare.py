@@ -132,7 +132,7 @@ class Setup:
             if self.past_steps(state):
                 state = with_rollbacks(state, run.path)
         elif self.config.model.from_pretrained is not None:
-            load_start_weights(model, self.config.model.from_pretrained)
+            load_start_weights(model, self.config.model.from_pretrained, self.ranks.host_group)
         if not self.ranks.agree(state.step) or not self.ranks.agree(state.next_sample):
             raise UserError(
                 f"{self.checkpoints.folder}: the ranks see different checkpoints; do they all share this file system?"
@@ -228,7 +228,7 @@ def prepare(config: ExperimentConfig, ranks: Ranks) -> Setup:
     checkpoint = checkpoints.find(config.checkpointing.resume_from_checkpoint)
     first_world_size = RunState.read(checkpoint).world_size if checkpoint else layout.data_size
     world_size = config.training.world_size or first_world_size
-    global_batch, accumulation = _share_batch(config, world_size, layout)
+    global_batch, accumulation = share_batch(config, world_size, layout)
 
     mixture = load_data_config(config)
     seq_len = config.data.max_seq_length or model_config.max_position_embeddings
@@ -246,7 +246,7 @@ def prepare(config: ExperimentConfig, ranks: Ranks) -> Setup:
     _check_vocabulary(plan, model_config)
     if config.model.from_pretrained is not None and checkpoint is None:
         _check_tokenizer(plan, start_tokenizer(config.model.from_pretrained))
-    total_steps, ending = _run_length(max_steps, mixture, plan, global_batch)
+    total_steps, ending = run_length(max_steps, mixture, plan, global_batch)
     if config.training.warmup_steps >= total_steps:
         raise UserError(
             f"training.warmup_steps is {config.training.warmup_steps:,}, but {ending}: the learning rate would never "
@@ -315,7 +315,7 @@ def _resolve(config: ExperimentConfig, model: BaseModelConfig, mixture: MixtureC
     return config.model_copy(update={"model": model_section, "data": data_section})
 
 
-def _share_batch(config: ExperimentConfig, world_size: int, layout: Layout) -> tuple[int, int]:
+def share_batch(config: ExperimentConfig, world_size: int, layout: Layout) -> tuple[int, int]:
     """Global batch, and micro-batches per rank with the ranks that are here."""
     size, accumulation = config.training.batch_size, config.training.gradient_accumulation_steps
     global_batch, here = size * accumulation * world_size, layout.data_size
@@ -367,7 +367,7 @@ def _check_tokenizer(plan: MixturePlan, path: Path) -> None:
         )
 
 
-def _run_length(max_steps: int | None, mixture: MixtureConfig, plan: MixturePlan, global_batch: int) -> tuple[int, str]:
+def run_length(max_steps: int | None, mixture: MixtureConfig, plan: MixturePlan, global_batch: int) -> tuple[int, str]:
     """Steps of the run, and what ends it."""
     by_tokens = None
     if mixture.total_tokens is not None:
