@@ -22,7 +22,7 @@ def test_the_original_experiment_loads_field_for_field(monkeypatch):
     loaded = config.model_dump(mode="json")
     content = yaml.safe_load(EXP001.read_text())
     assert content.keys() == {
-        *("experiment", "model", "data", "training", "checkpointing", "logging", "evaluation"),
+        *("experiment", "model", "data", "training", "parallel", "checkpointing", "logging", "evaluation"),
     }
     for section, fields in content.items():
         for name, value in fields.items():
@@ -31,7 +31,7 @@ def test_the_original_experiment_loads_field_for_field(monkeypatch):
     assert config.training.learning_rate == 3e-4
     assert config.training.betas == (0.9, 0.95)
     assert config.evaluation.metrics == ("perplexity", "loss")
-    assert config.strategy == "ddp"  # from use_ddp
+    assert config.strategy == "fsdp"  # from parallel
 
     model = load_model_config(config)
     assert (model.use_flash_attention, model.gradient_checkpointing) == (True, True)  # the overrides

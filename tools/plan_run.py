@@ -125,9 +125,8 @@ class RunPlan:
         if needed <= REACHABLE:
             lines.append(f"more speed: an MFU of {needed:.0%} instead of {self.mfu:.0%}")
         else:
-            lines.append(
-                f"speed alone does not do: even an MFU of {REACHABLE:.0%} would be {needed / REACHABLE:.1f} times too slow"
-            )
+            short = f"even an MFU of {REACHABLE:.0%} falls short by a factor of {needed / REACHABLE:.1f}"
+            lines.append(f"speed alone does not do: {short}")
         return lines
 
     def to_json(self) -> dict[str, Any]:
