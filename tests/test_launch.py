@@ -253,7 +253,7 @@ def test_the_slurm_script_is_valid_bash():
     subprocess.run(["bash", "-n", SLURM], check=True)
 
 
-@pytest.mark.parametrize("when", ["srun starts", "step      4/"])
+@pytest.mark.parametrize("when", ["srun starts", pytest.param("step      4/", marks=pytest.mark.slow)])
 def test_the_slurm_script_trains_and_queues_itself_again(mixture, uninterrupted, tmp_path, when):
     """The script itself, on one node with two ranks; what stands in for Slurm only starts programs and notes things.
 

@@ -202,7 +202,7 @@ def test_a_checkpoint_of_one_rank_goes_on_on_two_and_back(mixture, uninterrupted
     for step in (21, 28, 30):
         shutil.rmtree(step_folder(run_folder, step))
     config = write_experiment(tmp_path, mixture, **SECTIONS)
-    process = start(config, "parallel.strategy=fsdp", ranks=2)
+    process = start(config, "parallel.strategy=fsdp", "checkpointing.async_save=false", ranks=2)
     output = read_until(process, "step     22/")
     kill(process)
     assert "2 data rank(s) x 1 micro-batch(es) x 4 windows" in output
