@@ -34,7 +34,7 @@ def plan(
     disk: Annotated[float, typer.Option(min=0.001, help="GB/s that all ranks together write.")] = 2.0,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Also build rank 0 of all here, in real memory, and run one step of 1 x 128."),
+        typer.Option("--dry-run", help="Also build rank 0 of all here, in real memory, and run a short step."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
 ) -> None:

@@ -17,11 +17,11 @@ from train.optim import create_optimizer
 from train.parallel import parallelize, reduce_gradients
 from train.prepare import load_model_config
 
-LENGTH = 128  # tokens of the one window: what is tried is what does not depend on them
+LENGTH = 16  # tokens of the one window, for each rank that shares it: what is tried does not depend on them
 
 
 def dry_run_table(config: ExperimentConfig, world_size: int) -> Table:
-    """Build rank 0 of `world_size` on this machine's CPU and run a step of 1 x 128 tokens, eager.
+    """Build rank 0 of `world_size` on this machine's CPU and run a step of one short window, eager.
 
     Everything is real but the exchanges: what other ranks would send is whatever the memory holds.
 
@@ -32,7 +32,7 @@ def dry_run_table(config: ExperimentConfig, world_size: int) -> Table:
         raise UserError("--dry-run: the ranks of Muon ask each other what they hold, and here is one; try adamw")
     eager = {"training": config.training.model_copy(update={"compile": False})}
     config = config.model_copy(update=eager)
-    table = Table(title=f"dry run of rank 0 of {world_size}, 1 x {LENGTH} tokens, eager, in real memory")
+    table = Table(title=f"dry run of rank 0 of {world_size}: one short window, eager, in real memory")
     for column in ("done", "seconds", "GiB in tensors", "peak so far", "GiB of the process"):
         table.add_column(column, justify="left" if column == "done" else "right")
     start = time.perf_counter()
@@ -56,7 +56,7 @@ def dry_run_table(config: ExperimentConfig, world_size: int) -> Table:
         optimizer = create_optimizer(model, config.training, layout)
         done("optimiser", live)
         model.train()
-        run_pass(model, layout, batch_size=1, length=LENGTH)
+        run_pass(model, layout, batch_size=1, length=LENGTH * layout.tp)
         reduce_gradients(model, layout)
         done("forward and backward", live)
         optimizer.step(config.training.learning_rate)

@@ -2,8 +2,10 @@
 
 `python -m tools.bench plan-memory`
 
-Measured is the peak of the resident set over steps of a new process, less what the same process has once it has freed
-model and gradients: libraries and compiled code. Blocks that glibc keeps between tensors count as used.
+Measured is the peak of the resident set of a new process over steps, less what the same process has once it has freed
+the model: libraries and compiled code. It is measured twice: with a mapping for each tensor, so that what is freed is
+gone, and with glibc as the trainer sets it (`keep_freed_memory`), where blocks kept for the next step, and gaps between
+them, count as well. GPUs have an allocator of their own.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import argparse
 import ctypes
 import gc
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +28,7 @@ from train.models import ModelRegistry
 from train.optim import create_optimizer
 from train.parallel import parallelize
 
+MAPPED = "MALLOC_MMAP_THRESHOLD_"  # of glibc: larger blocks get a mapping of their own
 CASES = [  # model file, batch size, length
     ("configs/model/minimind/26m.yaml", 8, 512),
     ("configs/model/llama/29m.yaml", 16, 256),
@@ -56,31 +60,32 @@ def status(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def train(config: ExperimentConfig, length: int, steps: int) -> None:
-    """Some steps of a new model on random ids."""
+def measure(config: ExperimentConfig, length: int) -> int:
+    """Peak bytes of two steps on random ids, once everything has run and is compiled."""
+    if MAPPED not in os.environ:
+        keep_freed_memory()
+    run_steps(config, length)
+    peak = status("VmHWM")
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return peak - status("VmRSS")
+
+
+def run_steps(config: ExperimentConfig, length: int) -> None:
+    """A step, and two more after which the process's peak is theirs."""
     layout = make_layout(config, Ranks(0, 1, torch.device("cpu"), None))
     with torch.device("meta"):
         model = ModelRegistry.create_from_yaml(str(config.model.config_path))
     parallelize(model, config, layout)
     optimizer = create_optimizer(model, config.training, layout)
-    for _ in range(steps):
+    for number in range(3):
+        if number == 1:
+            Path("/proc/self/clear_refs").write_text("5")  # forget the peak of compiling
         ids = torch.randint(model.config.vocab_size, (config.training.batch_size, length + 1))
         output = model(ids[:, :-1].contiguous(), labels=ids[:, 1:].contiguous(), reduction="sum")
         output.objective.backward()
         del output
         optimizer.step(1e-4)
-
-
-def measure(config: ExperimentConfig, length: int) -> int:
-    """Peak bytes of three steps, once everything has run and is compiled."""
-    keep_freed_memory()
-    train(config, length, 1)
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    base = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    train(config, length, 3)
-    return status("VmHWM") - base
 
 
 def main() -> None:
@@ -99,9 +104,8 @@ def main() -> None:
         return
     from tools.plan_trace import one_of, step_memory
 
-    print(
-        f"{'model':<24}{'batch':>10}  {'recomputed':<12}{'activations':>12}{'planned':>12}{'measured':>12}{'ratio':>8}"
-    )
+    print(f"{'':<48}{'of it':>12}{'':>12}{'measured,':>20}{'measured,':>20}")
+    print(f"{'model':<24}{'batch':>10}  {'recomputed':<12}{'activations':>12}{'planned':>12}{'mapped':>20}{'kept':>20}")
     for model, batch_size, length in CASES:
         for mode in modes:
             config = experiment(model, batch_size, arguments.precision, mode, not arguments.eager)
@@ -109,13 +113,14 @@ def main() -> None:
                 planned = step_memory(config, ranks, length, 1, kernel="sdpa")
             options = ["--precision", arguments.precision, "--mode", mode, *(["--eager"] if arguments.eager else [])]
             command = [sys.executable, "-m", "tools.bench", "plan-memory", *options]
-            done = subprocess.run(
-                [*command, "--measure", model, str(batch_size), str(length)], stdout=subprocess.PIPE, check=True
-            )
-            measured = json.loads(done.stdout)
-            figures = "".join(f"{b / 1e6:>9,.0f} MB" for b in (planned.activations, planned.peak, measured))
+            command += ["--measure", model, str(batch_size), str(length)]
+            figures = f"{planned.activations / 1e6:>9,.0f} MB{planned.peak / 1e6:>9,.0f} MB"
+            for setting in ({MAPPED: "65536"}, {}):
+                done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env={**os.environ, **setting})
+                measured = json.loads(done.stdout)
+                figures += f"{measured / 1e6:>9,.0f} MB {planned.peak / measured:>7.3f}"
             name, batch = model.removeprefix("configs/model/"), f"{batch_size} x {length}"
-            print(f"{name:<24}{batch:>10}  {mode:<12}{figures}{planned.peak / measured:>8.3f}", flush=True)
+            print(f"{name:<24}{batch:>10}  {mode:<12}{figures}", flush=True)
 
 
 if __name__ == "__main__":
