@@ -75,9 +75,9 @@ def plan(
     for number, line in enumerate(run.verdict()):
         console.print(("[bold]" if number == 0 else "  ") + line)
     if dry_run:
-        from tools.plan_dry_run import dry_run_table
+        from tools.plan_dry_run import dry_run as run_here
 
-        console.print(dry_run_table(experiment, count))
+        run_here(experiment, count)
 
 
 def run_table(run: RunPlan) -> Table:

@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 import torch
-from rich.table import Table
 
 from shards.errors import UserError
 from tools.plan_trace import LiveBytes, make_groups, one_of, run_pass
@@ -20,10 +19,10 @@ from train.prepare import load_model_config
 LENGTH = 16  # tokens of the one window, for each rank that shares it: what is tried does not depend on them
 
 
-def dry_run_table(config: ExperimentConfig, world_size: int) -> Table:
-    """Build rank 0 of `world_size` on this machine's CPU and run a step of one short window, eager.
+def dry_run(config: ExperimentConfig, world_size: int) -> None:
+    """Build rank 0 of `world_size` on this machine's CPU, run a step of one short window, print what it takes.
 
-    Everything is real but the exchanges: what other ranks would send is whatever the memory holds.
+    Everything is real but the exchanges: what other ranks would send is whatever the memory holds. Blocks run eager.
 
     Raises:
         UserError: the optimiser is Muon, whose ranks agree on the owners of matrices at their start.
@@ -32,14 +31,16 @@ def dry_run_table(config: ExperimentConfig, world_size: int) -> Table:
         raise UserError("--dry-run: the ranks of Muon ask each other what they hold, and here is one; try adamw")
     eager = {"training": config.training.model_copy(update={"compile": False})}
     config = config.model_copy(update=eager)
-    table = Table(title=f"dry run of rank 0 of {world_size}: one short window, eager, in real memory")
-    for column in ("done", "seconds", "GiB in tensors", "peak so far", "GiB of the process"):
-        table.add_column(column, justify="left" if column == "done" else "right")
-    start = time.perf_counter()
+    start, before = time.perf_counter(), _resident()
+    print(f"dry run of rank 0 of {world_size}, GiB")
+    print(f"  {'done':<40}{'seconds':>10}{'in tensors':>12}{'their peak':>12}{'process':>10}")
 
-    def done(what: str, live: LiveBytes) -> None:
-        sizes = (live.now, live.peak, _resident())
-        table.add_row(what, f"{time.perf_counter() - start:.1f}", *(f"{size / 2**30:.2f}" for size in sizes))
+    def done(what: str) -> None:
+        gib = "".join(f"{size / 2**30:>{width}.2f}" for size, width in sizes())
+        print(f"  {what:<40}{time.perf_counter() - start:>10.1f}{gib}", flush=True)
+
+    def sizes() -> list[tuple[int, int]]:
+        return [(live.now, 12), (live.peak, 12), (_resident() - before, 10)]
 
     with one_of(world_size) as ranks, LiveBytes() as live:
         layout = make_layout(config, ranks)
@@ -47,21 +48,20 @@ def dry_run_table(config: ExperimentConfig, world_size: int) -> Table:
         model_config = load_model_config(config)
         with torch.device("meta"):
             model = ModelRegistry.create_model(model_config.model_type, model_config)
-        done("nothing yet", live)
         parallelize(model, config, layout, fill=False)
         with torch.no_grad():
             for tensor in [*model.parameters(), *model.buffers()]:
                 tensor.zero_()
-        done(f"model, {layout}", live)
+        done(f"weights ({layout})")
         optimizer = create_optimizer(model, config.training, layout)
-        done("optimiser", live)
+        done("optimiser's state")
         model.train()
+        model.register_forward_hook(lambda *_: done("forward"))
         run_pass(model, layout, batch_size=1, length=LENGTH * layout.tp)
         reduce_gradients(model, layout)
-        done("forward and backward", live)
+        done("backward, gradients exchanged")
         optimizer.step(config.training.learning_rate)
-        done("update", live)
-    return table
+        done("update")
 
 
 def _resident() -> int:
