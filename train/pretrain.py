@@ -80,7 +80,8 @@ def _pretrain(config: ExperimentConfig, ranks: Ranks, closing: ExitStack) -> int
     passes = Passes(model, layout, batch_size=batch_size, length=plan.seq_len, each=lambda what: watch.beat(step, what))
     validation = Validation(config.evaluation, plan, batch_size, documents, layout)
     state = setup.resume(model, optimizer, run)
-    setup.checkpoints.reserve(model, optimizer)
+    if state.step < total_steps:
+        setup.checkpoints.reserve(model, optimizer)
     if not validation.sets:
         run.say("no validation: evaluation.datasets is empty and no source has a val/ part (--val-fraction makes one)")
     experts = ExpertBalance(model, layout)
@@ -150,15 +151,17 @@ def _pretrain(config: ExperimentConfig, ranks: Ranks, closing: ExitStack) -> int
             # The only place where the host waits for the device.
             guard = optimizer.guard
             found = {"loss": ranks.sum_(loss), "lr": rate, "grad_norm": norm, "sources": sources.collect(layout)}
-            row = numbers({**found, **balance, "skipped_steps": guard.total.long(), "recent": guard.recent().long()})
-            recent = row.pop("recent")
+            row = numbers({**found, **balance, "skipped_steps": guard.total.long()})
+            bad = [step - RECENT + 1 + place for place in guard.skips.nonzero().flatten().tolist()]  # of the last ones
             write({"next_sample": data.next_sample, **row, **speed.measure(step)})
             run.say(f"{speed.status(step, row['loss'])}  lr {rate:.2e}  grad {row['grad_norm']:.2f}")
             if row["skipped_steps"] > said_skips:
                 said_skips = row["skipped_steps"]
-                run.say(f"{said_skips} step(s) so far were skipped: a gradient was not finite or far above the usual")
-            if config.training.max_skips is not None and recent >= config.training.max_skips:
-                bad = [step - RECENT + 1 + place for place in guard.skips.nonzero().flatten().tolist()]
+                run.say(
+                    f"skipped, the gradient was not finite or far above the usual: step {', '.join(map(str, bad))} "
+                    f"({said_skips} step(s) so far were skipped)"
+                )
+            if config.training.max_skips is not None and len(bad) >= config.training.max_skips:
                 watch.beat(step, "save")  # reading may take as long
                 if (before := roll_back(here(), bad, setup.checkpoints, ranks, model, optimizer, run)) is not None:
                     state, step, said_skips = before, before.step, before.skipped_steps
