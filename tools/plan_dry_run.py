@@ -10,7 +10,6 @@ import torch
 from shards.errors import UserError
 from tools.plan_trace import LiveBytes, make_groups, one_of, run_pass
 from train.config import ExperimentConfig
-from train.distributed import keep_freed_memory
 from train.layout import make_layout
 from train.models import ModelRegistry
 from train.optim import create_optimizer
@@ -32,7 +31,6 @@ def dry_run(config: ExperimentConfig, world_size: int) -> None:
         raise UserError("--dry-run: the ranks of Muon ask each other what they hold, and here is one; try adamw")
     eager = {"training": config.training.model_copy(update={"compile": False})}
     config = config.model_copy(update=eager)
-    keep_freed_memory()
     start, before = time.perf_counter(), _resident()
     print(f"dry run of rank 0 of {world_size}, GiB")
     print(f"  {'done':<40}{'seconds':>10}{'in tensors':>12}{'their peak':>12}{'process':>10}")
