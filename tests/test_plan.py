@@ -50,6 +50,9 @@ def plan(count: int = 4, price: float = 2.0, mfu: float = 0.5, **changes: Any) -
 
 def test_time_and_cost_follow_from_the_mfu():
     run = plan()
+    assert (
+        run.flops == 6 * run.parameters + 3 * 2 * 32 * 2 * 32
+    )  # and causal attention: layers, width, q k and v, length
     assert run.step_tokens == 4 * 2 * 4 * 32
     assert run.tokens == 100 * run.step_tokens
     # seconds * GPUs * peak * MFU = FLOPs of the run
@@ -140,6 +143,13 @@ def test_the_shipped_run_on_64_gpus_meets_the_goal(monkeypatch):
     assert run.parameters == 6_738_415_616
     assert run.tokens > CHINCHILLA * run.parameters
     assert run.step_tokens == 2**22
+
+
+def test_a_gpu_that_is_not_known_names_the_nearest():
+    command = [sys.executable, "-m", "tools.plan", "--config", EXP001, "--gpu", "h10"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: unknown GPU 'h10'; did you mean 'h100'?")
 
 
 def test_the_command_prints_a_plan_without_data_or_gpus(tmp_path):
