@@ -50,9 +50,7 @@ def plan(count: int = 4, price: float = 2.0, mfu: float = 0.5, **changes: Any) -
 
 def test_time_and_cost_follow_from_the_mfu():
     run = plan()
-    assert (
-        run.flops == 6 * run.parameters + 3 * 2 * 32 * 2 * 32
-    )  # and causal attention: layers, width, q k and v, length
+    assert run.flops == 6 * run.parameters + 3 * 2 * 32 * 2 * 32  # causal attention: layers, width, q k and v, length
     assert run.step_tokens == 4 * 2 * 4 * 32
     assert run.tokens == 100 * run.step_tokens
     # seconds * GPUs * peak * MFU = FLOPs of the run
