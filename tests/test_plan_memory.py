@@ -16,7 +16,7 @@ from family_runs import FAMILIES
 from torch import Tensor
 from training_runs import ROOT
 
-from tools.plan_memory import memory_plan, overhead
+from tools.plan_memory import GIB, memory_plan, overhead
 from tools.plan_trace import LiveBytes, StepMemory, one_of, step_memory
 from train.config import ExperimentConfig
 from train.distributed import Ranks
@@ -151,6 +151,17 @@ def test_the_largest_micro_batch_fits_and_hardly_more(mode):
 
 def with_length(config: ExperimentConfig) -> ExperimentConfig:
     return config.model_copy(update={"data": config.data.model_copy(update={"max_seq_length": LENGTH})})
+
+
+def test_what_does_not_fit_gets_what_would():
+    fitting = memory_plan(with_length(experiment()), 1, Gpu((), 100.0, 1.7))
+    assert fitting.advice() is None
+    large = replace(fitting, step=replace(fitting.step, working=2 * GIB))
+    assert f"at most {large.largest['full']} with activation_checkpointing full" in str(large.advice())
+    without = replace(large, largest=dict.fromkeys(large.largest, 0))
+    assert "a single window" in str(without.advice())
+    waiting = replace(without, step=replace(fitting.step, gradients=2 * GIB))
+    assert "gradient_accumulation_steps=1" in str(waiting.advice())
 
 
 def test_parts_add_up_to_the_peak():

@@ -68,8 +68,8 @@ def plan(
         f"[bold]{experiment.experiment.name}[/] on {count} x {gpu} ({card.tflops:g} TFLOP/s, {card.memory:g} GiB)"
     )
     console.print(memory.render())
-    if not memory.fits:
-        console.print("[bold red]this does not fit[/]: take a micro-batch or a checkpointing from the lines above")
+    if advice := memory.advice():
+        console.print(f"[bold red]{advice}")
     console.print(run_table(run))
     console.print(source_table(run))
     for number, line in enumerate(run.verdict()):

@@ -54,6 +54,17 @@ class MemoryPlan:
         """Whether the experiment's micro-batch fits the GPU; None without one."""
         return None if self.gpu is None else self.total <= self.gpu.bytes
 
+    def advice(self) -> str | None:
+        """What would fit, where the experiment does not."""
+        if self.gpu is None or self.fits:
+            return None
+        if options := [(self.largest[mode], mode) for mode in MODES if self.largest[mode]]:
+            choices = " or ".join(f"at most {batch} with activation_checkpointing {mode}" for batch, mode in options)
+            return f"does not fit: training.batch_size can be {choices}"
+        if self.total - self.step.gradients <= self.gpu.bytes:
+            return "does not fit: with training.gradient_accumulation_steps=1 no gradients have to wait, and it does"
+        return "does not fit, nor does a single window: take more GPUs with fsdp, parallel.tp or parallel.pp"
+
     def render(self) -> Table:
         """A table of all parts."""
         table = Table(title=f"memory of a rank, {self.layout}, {self.batch_size} x {self.length:,} tokens")
