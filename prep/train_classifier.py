@@ -9,10 +9,12 @@ and the figures are measured on it with the file that was written.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,10 +34,6 @@ from shards.files import publish, write_atomic
 POSITIVE, NEGATIVE = PREFIX + "hq", PREFIX + "cc"  # DCLM's names
 MIN_DOCUMENTS = 100  # of each class; with fewer there is nothing to hold out
 HELD_OUT_BYTES = 50_000_000
-# With one thread fastText 0.9.3 fills only a tenth of the first vectors (`DenseMatrix::uniform`) and takes the rest as
-# the memory comes: what was left there in small pieces, zeros in pieces that the C library takes fresh from the system,
-# which are those above 32 MB (glibc's largest mmap threshold).
-MIN_VECTOR_BYTES = 32 << 20
 SPLIT = 1_000  # hashes are split by their remainder
 POSITIVES_KEPT = (0.99, 0.95, 0.9, 0.8, 0.5)
 NEGATIVES_KEPT = (0.5, 0.2, 0.1, 0.05, 0.01)
@@ -120,7 +118,7 @@ def train_classifier(
     Args:
         positive, negative: files, globs and folders with the documents of the classes `hq` and `cc`.
         out: the model; `.bin`, or `.ftz` for a quantised one of about an eighth of the size. The JSON is `OUT.json`.
-        word_ngrams: longest n-gram of words that is a feature, at least 2; 2 as in DCLM.
+        word_ngrams: longest n-gram of words that is a feature; 2 as in DCLM.
         dimension: size of a feature's vector. A `.bin` takes 4 x dimension bytes for each bucket and word.
         buckets: hash buckets of the n-grams.
         epochs, learning_rate: of the training.
@@ -230,15 +228,6 @@ def _check_options(out: Path, held_out: float, *numbers: float) -> None:
     for name, number in zip(names, numbers, strict=True):
         if number <= 0:
             raise UserError(f"{name} {number}: give a number above 0")
-    word_ngrams, dimension, buckets = numbers[:3]
-    if word_ngrams < 2:
-        raise UserError("--word-ngrams 1: give at least 2; fastText is not reproducible without the buckets of n-grams")
-    if 4 * dimension * buckets <= MIN_VECTOR_BYTES:
-        least = int(MIN_VECTOR_BYTES // (4 * dimension))
-        raise UserError(
-            f"--buckets {buckets}: with --dimension {dimension} give more than {least:,}; "
-            f"fastText is reproducible with more than 32 MB of vectors only"
-        )
 
 
 def _read(
@@ -300,11 +289,33 @@ def _write_lines(path: Path, positive: Sequence[str], negative: Sequence[str]) -
             file.write(f"{label} {line}\n")
 
 
+@contextmanager
+def _zeroed_memory() -> Iterator[None]:
+    """glibc fills with zeros what it allocates in this time.
+
+    With one thread fastText 0.9.3 sets only a tenth of the first vectors (`DenseMatrix::uniform`) and takes the rest as
+    the memory comes, so what a process did before would change the model, or give NaN.
+    """
+    m_perturb = -6  # from malloc.h: memory is filled with this byte's complement
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:
+        raise UserError(
+            "training a classifier needs glibc: with another C library fastText is not reproducible"
+        ) from None
+    mallopt(m_perturb, 0xFF)
+    try:
+        yield
+    finally:
+        mallopt(m_perturb, 0)
+
+
 def _train(text: Path, out: Path, **options: float) -> None:
     from fasttext import train_supervised
 
     try:
-        model = train_supervised(str(text), thread=1, verbose=0, **options)
+        with _zeroed_memory():
+            model = train_supervised(str(text), thread=1, verbose=0, **options)
     except (RuntimeError, ValueError) as error:  # NaN: the learning rate; an empty vocabulary: min_count
         raise UserError(
             f"fastText stops: {error}; try a lower --learning-rate, a lower --min-count or more text"
