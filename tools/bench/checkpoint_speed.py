@@ -44,6 +44,8 @@ def main() -> None:
     parser.add_argument("--folder", help="on the disk that is meant; by default the system's temporary one")
     parser.add_argument("--turns", type=int, default=5)
     arguments = parser.parse_args()
+    if arguments.folder:
+        Path(arguments.folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         measure(Path(folder), arguments.turns)
 

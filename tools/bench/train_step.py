@@ -1,4 +1,4 @@
-"""Training step on this machine as a share of its own matrix-product rate.
+"""Training step on this machine as a share of its own rate of matrix products, in the same precision.
 
 `python -m tools.bench train-step`
 """
@@ -34,10 +34,10 @@ def best_of(repeats: int, work: Callable[[], object], device: torch.device) -> f
     return min(times)
 
 
-def matmul_rate(device: torch.device) -> float:
-    """bf16 FLOP/s of a [4096, 512] x [512, 1536] product, best of 20 after a warm-up."""
-    a = torch.randn(4096, 512, dtype=torch.bfloat16, device=device)
-    b = torch.randn(512, 1536, dtype=torch.bfloat16, device=device)
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a [4096, 512] x [512, 1536] product, best of 20 after a warm-up."""
+    a = torch.randn(4096, 512, dtype=dtype, device=device)
+    b = torch.randn(512, 1536, dtype=dtype, device=device)
     best_of(3, lambda: a @ b, device)
     return 2 * 4096 * 512 * 1536 / best_of(20, lambda: a @ b, device)
 
@@ -49,6 +49,12 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
     parser.add_argument("--steps", type=int, default=10, help="measured steps; the best counts")
+    parser.add_argument(
+        "--precision",
+        choices=["bf16", "fp32"],
+        default="bf16",
+        help="of the step and of the product; take fp32 on a processor without bf16 instructions",
+    )
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     arguments = parser.parse_args()
 
@@ -57,7 +63,11 @@ def main() -> None:
             "experiment": {"name": "bench"},
             "model": {"type": "llama", "config_path": arguments.model},
             "data": {"config_path": "unused"},
-            "training": {"batch_size": arguments.batch_size, "compile": not arguments.eager},
+            "training": {
+                "batch_size": arguments.batch_size,
+                "compile": not arguments.eager,
+                "mixed_precision": arguments.precision,
+            },
             "checkpointing": {"output_dir": "unused"},
         }
     )
@@ -76,14 +86,15 @@ def main() -> None:
         optimizer.step(1e-4)
 
     best_of(3, step, ranks.device)
-    before = matmul_rate(ranks.device)
+    dtype = model.compute_dtype
+    before = matmul_rate(ranks.device, dtype)
     seconds = best_of(arguments.steps, step, ranks.device)
-    peak = max(before, matmul_rate(ranks.device))
+    peak = max(before, matmul_rate(ranks.device, dtype))
     rate = flops_per_token(model, arguments.length) * tokens / seconds
     table = Table("figure", "value", title=f"training step, {model.get_num_params():,} parameters, {ranks.device}")
     table.add_row("step", f"{seconds * 1e3:.0f} ms, {tokens / seconds:,.0f} tokens/s")
     table.add_row("step rate", f"{rate / 1e9:,.0f} GFLOP/s")
-    table.add_row("bf16 matmul 4096 x 512 x 1536", f"{peak / 1e9:,.0f} GFLOP/s")
+    table.add_row(f"{arguments.precision} matmul 4096 x 512 x 1536", f"{peak / 1e9:,.0f} GFLOP/s")
     table.add_row("ratio", f"{rate / peak:.3f}")
     Console().print(table)
 
