@@ -162,7 +162,7 @@ def test_a_dry_run_shows_everything_and_writes_nothing(mixture, tmp_path):
     assert "37,536 parameters" in output
     assert "layout: 4 rank(s), fsdp x dp_shard 2 x tp 2; 2 data rank(s) x 1 micro-batch(es) x 4 windows" in output
     assert re.search(r"memory of a rank, fsdp x dp_shard 2 x tp 2, 4 x 32 tokens +\n", output)
-    assert re.search(r"│ total +│ 0\.00 │", output)  # GiB, of so small a model
+    assert re.search(r"│ total +│ 0\.00\d\d │", output)  # GiB, of so small a model
     first = train_here_first_document(mixture)
     assert first in output
 
@@ -182,6 +182,9 @@ def test_a_dry_run_leaves_out_what_the_run_will(mixture, tmp_path, capsys):
     new = f"checkpointing.output_dir={tmp_path / 'new'}"  # another run that starts from the same checkpoint
     start = f"checkpointing.resume_from_checkpoint={step_folder(tmp_path / 'run', 6)}"
     assert first_batch(new, start) == "samples [24, 28)"
+    dry_run(load_experiment(config, ["training.max_steps=6"]), 1)
+    assert "step 6: nothing is left to do" in (said := capsys.readouterr().out)
+    assert "none: the run is at its end" in said
     assert train_here(config, "training.max_steps=7")[0] == 0
     assert [row["next_sample"] for row in rows(tmp_path / "run") if row["step"] == 7 and "loss" in row] == [44]
 
@@ -226,7 +229,9 @@ def test_mistakes_end_in_one_message(mixture, tmp_path, monkeypatch, capsys):
     assert launch.processes(None) == launch.processes(2) == 2
     assert "unknown option '--npoc'; did you mean '--nproc'?" in message("--config", str(config), "--npoc", "2")
     config = write_experiment(tmp_path, mixture, parallel={"strategy": "fsdp", "tp": 2})
-    assert "needs a multiple of 2 ranks" in message("--config", str(config), "--nproc", "3", "--dry-run")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for dry in (["--dry-run"], []):  # before torchrun starts
+        assert "needs a multiple of 2 ranks" in message("--config", str(config), "--nproc", "3", *dry)
 
 
 def test_an_entry_file_refuses_another_stage(mixture, tmp_path):

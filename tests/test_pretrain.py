@@ -404,3 +404,4 @@ def test_wandb_that_is_not_installed(data, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else find(name, *a))
     message = refused(write_experiment(tmp_path, data.mixture), "logging.use_wandb=true")
     assert "wandb is not installed: pip install wandb, or logging.use_wandb=false" in message
+    assert not (tmp_path / "run").exists()

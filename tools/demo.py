@@ -90,11 +90,13 @@ def run_tool(program: str, *arguments: str) -> None:
 
 
 def precision() -> list[str]:
-    """What to add to the training's command: a processor without bf16 emulates it, more than ten times as slow."""
+    """What to add to the training's command where bf16 is slow."""
     import torch
 
-    fast = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return [] if fast else ["training.mixed_precision=fp32"]
+    from train.hardware import multiplies_bf16
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return [] if multiplies_bf16(device) else ["training.mixed_precision=fp32"]
 
 
 def write_samples(path: Path) -> None:

@@ -11,11 +11,13 @@ import torch
 from rich.console import Console
 
 from shards.describe import decode, explain, summarize, tables
+from shards.errors import UserError
 from tools.plan_memory import memory_plan
 from train.config import ExperimentConfig
 from train.distributed import Ranks
 from train.evaluate import Validation
 from train.hardware import gpu_of
+from train.metrics import check_mirrors
 from train.prepare import Setup, prepare
 from train.rollback import with_rollbacks
 from train.run_state import RunState
@@ -51,6 +53,10 @@ def dry_run(config: ExperimentConfig, nproc: int) -> None:
     _title(console, "first batch")
     for line in _first_batch(setup):
         console.out(line)
+    try:
+        check_mirrors(config)
+    except UserError as missing:  # on this machine, which may not be the one that trains
+        console.out(f"\nnote: {missing}")
     console.out("\ndry run: nothing was written")
 
 
@@ -64,7 +70,8 @@ def _run(setup: Setup, nproc: int) -> list[str]:
     tokens = setup.global_batch * setup.plan.seq_len
     pretrained = setup.config.model.from_pretrained
     if setup.checkpoint is not None:
-        start = f"{setup.checkpoint}, step {RunState.read(setup.checkpoint).step:,}"
+        step = RunState.read(setup.checkpoint).step
+        start = f"{setup.checkpoint}, step {step:,}" + (": nothing is left to do" if step >= setup.total_steps else "")
     elif pretrained is not None:
         start = f"the weights in {start_folder(pretrained)}"
     else:
@@ -88,6 +95,8 @@ def _first_batch(setup: Setup) -> list[str]:
         if setup.past_steps(state):
             state = with_rollbacks(state, Path(setup.config.checkpointing.output_dir))
         first = state.next_sample
+        if state.step >= setup.total_steps:
+            return ["none: the run is at its end"]
     samples = range(first, first + setup.global_batch)
     names = [source.name for source in setup.plan.sources]
     counts = Counter(names[index] for index in setup.plan.locate(np.array(samples)).source)

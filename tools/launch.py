@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from shards.errors import UserError, run_command, unknown_name
-from train.config import load_experiment
+from train.config import ExperimentConfig, load_experiment
 from train.signals import REQUEUE
 
 ENTRY_FILES = {"pretrain": "train/pretrain.py", "midtrain": "train/midtrain.py"}
@@ -76,10 +76,26 @@ def launch() -> None:
         dry_run(config, arguments.nproc or processes(None))  # of a larger machine, too
         return
     nproc = processes(arguments.nproc)
+    if nproc > 1:
+        check_layout(config, nproc)
     entry = os.path.relpath(ROOT / ENTRY_FILES[config.experiment.stage])
     program = [entry, "--config", arguments.config, *overrides]
     torchrun = ["--standalone", "--nproc-per-node", str(nproc)]
     sys.exit(run_ranks(["torchrun", *torchrun, *program] if nproc > 1 else ["python", *program]))
+
+
+def check_layout(config: ExperimentConfig, nproc: int) -> None:
+    """Find a layout that does not fit before torchrun does, whose report of it is long.
+
+    Raises:
+        UserError: the ranks do not fit the experiment.
+    """
+    import torch
+
+    from train.distributed import Ranks
+    from train.layout import make_layout
+
+    make_layout(config, Ranks(0, nproc, torch.device("cpu"), None))
 
 
 def processes(asked: int | None) -> int:

@@ -50,6 +50,8 @@ def plan(
     tensors without memory (half a minute), sizes of sources are the `tokens` of the mixture file. Speed is not
     predicted: it follows from the MFU that you state.
     """
+    from rich.console import Console
+
     from tools.plan_memory import memory_plan
     from tools.plan_run import run_plan
     from train.config import load_experiment
@@ -57,12 +59,11 @@ def plan(
 
     experiment, card = load_experiment(config, overrides or []), find_gpu(gpu)
     run = run_plan(experiment, card, count, price=price, mfu=mfu, disk=disk * 1e9)
-    memory = memory_plan(experiment, count, card)
+    with Console(stderr=True).status("running steps on tensors without memory, a minute or two at 7B"):
+        memory = memory_plan(experiment, count, card)
     if as_json:
         print(json.dumps({"run": run.to_json(), "memory": memory.to_json()}, indent=2))
         return
-    from rich.console import Console
-
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     console.print(
         f"[bold]{experiment.experiment.name}[/] on {count} x {gpu} ({card.tflops:g} TFLOP/s, {card.memory:g} GiB)"

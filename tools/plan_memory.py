@@ -144,4 +144,4 @@ def overhead(gpu: Gpu | None) -> int:
 
 def gib(size: int) -> str:
     """Bytes in GiB."""
-    return f"{size / GIB:,.2f}"
+    return f"{size / GIB:,.2f}" if size >= GIB else f"{size / GIB:.4f}"

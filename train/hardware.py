@@ -88,6 +88,11 @@ def gpu_of(device: torch.device) -> Gpu | None:
     return next((gpu for gpu in GPUS.values() if name in gpu.devices), None)
 
 
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether a device has bf16 products; a CPU without them emulates bf16, more than ten times as slow as float32."""
+    return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def peak_flops(device: torch.device) -> float | None:
     """bf16 dense FLOP/s of a device; None for CPUs and cards that the table does not have."""
     gpu = gpu_of(device)

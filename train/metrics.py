@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import uuid
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from typing import IO, Any
 import orjson
 import torch
 
+from shards.errors import UserError
 from shards.files import write_atomic
 from train.append import AppendOnly
 from train.config import ExperimentConfig
@@ -83,6 +85,18 @@ class MetricsLog:
             self._mirrors = [mirror for mirror in self._mirrors if mirror.name != name]
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             self._say(f"{name} is off from here on, metrics.jsonl has everything ({reason})")
+
+
+def check_mirrors(config: ExperimentConfig) -> None:
+    """Find out before a run starts whether its mirrors can be opened at all.
+
+    Raises:
+        UserError: W&B is asked for and not installed.
+    """
+    if config.logging.use_wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            "logging.use_wandb is true, but wandb is not installed: pip install wandb, or logging.use_wandb=false"
+        )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

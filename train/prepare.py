@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from train.checkpoint import Checkpoints
 from train.config import ExperimentConfig
 from train.distributed import Ranks
 from train.flops import flops_per_token
-from train.hardware import peak_flops
+from train.hardware import multiplies_bf16, peak_flops
 from train.layout import Layout, make_layout
 from train.models import BaseModelConfig, BaseModelForCausalLM, ModelRegistry
 from train.optim import Optimizer
@@ -197,6 +196,8 @@ class Setup:
             f"the ranks share a step as {self.layout.data_size} data rank(s) x {self.accumulation} micro-batch(es) "
             f"x {config.training.batch_size} windows"
         )
+        if config.training.mixed_precision == "bf16" and not multiplies_bf16(self.ranks.device):
+            run.say("note: this processor emulates bf16, slowly; training.mixed_precision=fp32 is faster on it")
         run.say(str(self.model.attention_kernel(self.ranks.device, documents=config.data.document_mask)))
         for warning in summarize(self.plan)["warnings"]:
             run.say(f"note: {warning}")
@@ -216,10 +217,6 @@ def prepare(config: ExperimentConfig, ranks: Ranks) -> Setup:
     Raises:
         UserError: with the file and field that has to change.
     """
-    if config.logging.use_wandb and importlib.util.find_spec("wandb") is None:
-        raise UserError(
-            "logging.use_wandb is true, but wandb is not installed: pip install wandb, or logging.use_wandb=false"
-        )
     layout = make_layout(config, ranks)
     model_config = load_model_config(config)
     with torch.device("meta"):

@@ -35,7 +35,7 @@ from train.evaluate import Validation
 from train.experts import ExpertBalance
 from train.guard import RECENT
 from train.loss import IGNORE_INDEX
-from train.metrics import MetricsLog, numbers, read_metrics
+from train.metrics import MetricsLog, check_mirrors, numbers, read_metrics
 from train.models import BaseModelForCausalLM
 from train.optim import create_optimizer
 from train.parallel import parallelize
@@ -65,6 +65,7 @@ def pretrain(config: ExperimentConfig, ranks: Ranks) -> int:
 
 def _pretrain(config: ExperimentConfig, ranks: Ranks, closing: ExitStack) -> int:
     stop = StopRequest()
+    check_mirrors(config)
     if config.training.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS has no other deterministic mode
         torch.use_deterministic_algorithms(True)
@@ -185,9 +186,9 @@ def _pretrain(config: ExperimentConfig, ranks: Ranks, closing: ExitStack) -> int
     data.close()
     if log is not None:
         log.close()
+    run.say(speed.account())
     if step < total_steps:
         return exit_status(requeue > 0)
-    run.say(speed.account())
     finish(run, setup)
     return 0
 
