@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Processes that share the tests, of one thread each.
+WORKERS ?= 2
 PINNED := --quiet --constraint constraints.txt
 
 .PHONY: setup demo test slow bench lint clean
@@ -23,7 +25,7 @@ demo: setup
 	$(BIN)/python -m tools.demo
 
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 # Ray's wheel is large (80 MB), so only the slow tests install it.
 slow: setup

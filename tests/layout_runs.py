@@ -1,6 +1,6 @@
 """Trains tiny models on the ranks of this start, one layout after the other, and keeps losses and first gradients.
 
-torchrun --nproc-per-node 4 tests/layout_runs.py OUT NAME=family:strategy:replicate:shard:tp:pp ...
+torchrun --nproc-per-node 4 tests/layout_runs.py OUT STEPS NAME=family:strategy:replicate:shard:tp:pp ...
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def train(config: ExperimentConfig, ranks: Ranks, steps: int) -> SimpleNamespace
     parallelize(model, config, layout)
     optimizer = create_optimizer(model, config.training, layout)
     passes = Passes(model, layout, batch_size=BATCH, length=LENGTH)
-    tokens = sum(int((windows(1)[:, 1:] >= 0).sum()) for _ in range(1)) - 7
+    tokens = GLOBAL * LENGTH - 7  # labels that count
     losses, norms, gradients = [], [], []
     for step in range(1, steps + 1):
         loss = torch.zeros(())
@@ -108,14 +108,14 @@ def train(config: ExperimentConfig, ranks: Ranks, steps: int) -> SimpleNamespace
 
 def main() -> None:
     """Run every layout that is asked for; the first rank writes OUT/NAME.pt."""
-    out, ranks = Path(sys.argv[1]), start_ranks("gloo")
-    for argument in sys.argv[2:]:
+    out, steps, ranks = Path(sys.argv[1]), int(sys.argv[2]), start_ranks("gloo")
+    for argument in sys.argv[3:]:
         name, _, text = argument.partition("=")
         family, strategy, *sizes, options = text.split(":")
         replicate, shard, tp, pp = map(int, sizes)
         extra = {"compile": "compile" in options, "recompute": options.removeprefix("compile").strip("+") or None}
         layout = {"strategy": strategy, "dp_replicate": replicate, "dp_shard": shard, "tp": tp, "pp": pp}
-        found = train(experiment(family, **layout, **extra), ranks, 30)
+        found = train(experiment(family, **layout, **extra), ranks, steps)
         gathered: list[Any] = [None] * ranks.world_size
         dist.all_gather_object(gathered, found.gradients)
         if ranks.is_first:

@@ -72,7 +72,9 @@ def run_all(paths: list[tuple[str, Path]]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(("model", "optimizer"), [("llama", "muon"), ("deepseek_v3", "adamw")])
+@pytest.mark.parametrize(
+    ("model", "optimizer"), [("llama", "muon"), pytest.param("deepseek_v3", "adamw", marks=pytest.mark.slow)]
+)
 def test_a_run_goes_through_all_layouts(mixture, tmp_path, model, optimizer):
     training = {"optimizer": optimizer}
     whole = experiment(tmp_path / "one", mixture, model, "first", LEG * len(LAYOUTS), training=training)

@@ -98,6 +98,7 @@ def test_torchrun_starts_the_ranks_again_and_the_run_is_the_same(mixture, uninte
     assert results(tmp_path / "run") == results(uninterrupted)
 
 
+@pytest.mark.slow
 def test_other_numbers_of_ranks_continue_the_same_data(mixture, uninterrupted, tmp_path):
     """Two ranks until both and torchrun are killed, one until SIGTERM, two to the end."""
     config, log = experiment(tmp_path, mixture), tmp_path / "run" / "logs" / "train.log"

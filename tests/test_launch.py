@@ -89,6 +89,7 @@ def test_two_ranks_stop_on_a_signal_and_the_same_command_goes_on(mixture, uninte
         assert_same_curve(tmp_path / "run", uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_signal_to_all_processes_at_once_from_the_first_moment_on(mixture, tmp_path):
     """As `scancel --signal=USR2` does, and does again: nobody dies of it, not even while starting or ending."""
     config = write_experiment(tmp_path, mixture, **SECTIONS)

@@ -1,4 +1,4 @@
-"""Every layout trains as one rank does: equal losses over 30 steps, equal gradients in the first, equal validation."""
+"""Every layout trains as one rank does: equal losses, equal gradients of the first step, equal validation."""
 
 from __future__ import annotations
 
@@ -36,10 +36,13 @@ FOUR = {
     "pp+tp": "ddp:1:1:2:2",
 }
 EIGHT = {"hsdp+tp": "hsdp:2:2:2:1", "pp+fsdp+tp": "fsdp:1:2:2:2"}
-FAST = ["llama with biases", "qwen3", "deepseek_v3", "minimind2 with experts"]
+FAST, STEPS = ["llama with biases", "deepseek_v3"], 12
+STEPS_SLOW = 30
 
 
-def run_layouts(folder: Path, ranks: int, layouts: dict[str, str], families: list[str], options: str = "") -> dict:
+def run_layouts(
+    folder: Path, ranks: int, layouts: dict[str, str], families: list[str], options: str = "", steps: int = STEPS_SLOW
+) -> dict:
     """What each (family, layout) gave, all of one start of `ranks` processes."""
     names = {
         f"run{number}": (family, layout)
@@ -48,7 +51,7 @@ def run_layouts(folder: Path, ranks: int, layouts: dict[str, str], families: lis
     arguments = [f"{name}={family}:{layouts[layout]}:{options}" for name, (family, layout) in names.items()]
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     done = subprocess.run(
-        [sys.executable, *torchrun, str(ROOT / "tests" / "layout_runs.py"), str(folder), *arguments],
+        [sys.executable, *torchrun, str(ROOT / "tests" / "layout_runs.py"), str(folder), str(steps), *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -64,12 +67,12 @@ def run_layouts(folder: Path, ranks: int, layouts: dict[str, str], families: lis
 def alone():
     """What one rank gives, by family."""
     torch.set_num_threads(1)
-    found: dict[str, SimpleNamespace] = {}
+    found: dict[tuple[str, int], SimpleNamespace] = {}
 
-    def get(family: str) -> SimpleNamespace:
-        if family not in found:
-            found[family] = train(experiment(family, strategy="ddp"), ALONE, 30)
-        return found[family]
+    def get(family: str, steps: int) -> SimpleNamespace:
+        if (family, steps) not in found:
+            found[family, steps] = train(experiment(family, strategy="ddp"), ALONE, steps)
+        return found[family, steps]
 
     return get
 
@@ -77,7 +80,7 @@ def alone():
 def check(found: dict, alone) -> None:
     """Compare with one rank."""
     for (family, layout), run in found.items():
-        one = alone(family)
+        one = alone(family, len(run.losses))
         assert run.losses == pytest.approx(one.losses, rel=1e-5), (family, layout)
         assert run.norms == pytest.approx(one.norms, rel=1e-4), (family, layout)
         assert run.validation == pytest.approx(one.validation, rel=1e-5), (family, layout)
@@ -86,15 +89,15 @@ def check(found: dict, alone) -> None:
         for name, gradient in gradients.items():
             error = (run.gradients[name] - gradient).norm() / gradient.norm()
             assert error < 1e-5, (family, layout, name, error)
-        assert one.losses[-1] < one.losses[0] - 0.03  # or equal losses say little
+        assert one.losses[-1] < one.losses[0] - 0.001 * len(run.losses)  # or equal losses say little
 
 
 def test_layouts_of_two_ranks(tmp_path, alone):
-    check(run_layouts(tmp_path, 2, TWO, FAST), alone)
+    check(run_layouts(tmp_path, 2, TWO, FAST, steps=STEPS), alone)
 
 
 def test_layouts_of_four_ranks(tmp_path, alone):
-    check(run_layouts(tmp_path, 4, FOUR, ["llama with biases", "deepseek_v3"]), alone)
+    check(run_layouts(tmp_path, 4, FOUR, ["deepseek_v3"], steps=STEPS), alone)
 
 
 @pytest.mark.slow
@@ -112,7 +115,7 @@ def test_three_stages_with_a_tied_embedding(tmp_path, alone):
 @pytest.mark.parametrize("options", ["compile", "full", "selective", "compile+selective"])
 def test_compiled_and_recomputed_blocks(tmp_path, alone, options):
     layouts = {name: {**TWO, **FOUR}[name] for name in ("tp+fsdp", "pp+fsdp")}
-    check(run_layouts(tmp_path, 4, layouts, ["llama with biases", "deepseek_v3"], options), alone)
+    check(run_layouts(tmp_path, 4, layouts, FAST, options), alone)
 
 
 def sizes(strategy: str, world: int, **parallel: int) -> tuple[int, int, int, int]:

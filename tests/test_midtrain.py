@@ -106,6 +106,7 @@ def test_it_starts_at_that_validation_loss_with_its_own_schedule(source, tmp_pat
     assert "step-00000008 at step 8" in output
 
 
+@pytest.mark.slow
 def test_ranks_take_their_pieces_of_a_run(source, tmp_path):
     """Each of two tensor-parallel ranks reads its part of the matrices from what one rank wrote."""
     config = midtraining(tmp_path, source, source / "run", parallel={"strategy": "fsdp", "tp": 2})

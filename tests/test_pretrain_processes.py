@@ -138,7 +138,7 @@ def test_killed_while_saving_keeps_the_checkpoint_before(mixture, uninterrupted,
     assert_same_run(run_folder, uninterrupted)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_the_same_command_goes_on(mixture, uninterrupted, tmp_path, number):
     config, run_folder = write_experiment(tmp_path, mixture, **SECTIONS), tmp_path / "run"
     process = start(config, "checkpointing.save_steps=1000")
@@ -190,11 +190,13 @@ def test_fsdp_on_two_ranks_is_the_same_curve(sharded, uninterrupted):
         torch.testing.assert_close(tensor, initial[1][name], rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 def test_ddp_on_two_ranks_is_the_same_curve(mixture, uninterrupted, tmp_path):
     run(two_ranks(tmp_path, mixture, "ddp"), ranks=2)
     assert_same_curve(losses(tmp_path / "run"), losses(uninterrupted))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_one_rank_goes_on_on_two_and_back(mixture, uninterrupted, tmp_path):
     """Steps 1-14 on one rank, 15-21 on two, 22-30 on one: the global batch is recorded, the accumulation follows."""
     run_folder = tmp_path / "run"
@@ -218,6 +220,7 @@ def test_a_checkpoint_of_one_rank_goes_on_on_two_and_back(mixture, uninterrupted
     assert_same_curve(losses(run_folder), losses(uninterrupted))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_two_ranks_goes_on_on_one(mixture, sharded, uninterrupted, tmp_path):
     path = step_folder(sharded, 14)
     config = write_experiment(tmp_path, mixture, **SECTIONS)
