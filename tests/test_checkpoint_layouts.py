@@ -62,6 +62,7 @@ def test_a_sharded_checkpoint_is_hashed_loaded_and_exported_like_a_whole_one(gri
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), exported.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_two_ranks(tmp_path):
     """FSDP and DDP on gloo; a rank that cannot write spoils the checkpoint for all, and the next one is written."""
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

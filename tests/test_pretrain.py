@@ -63,7 +63,7 @@ def finished(data, tmp_path_factory):
         logging={"log_steps": 3, "eval_steps": 10, "use_tensorboard": True},
         evaluation={"metrics": ["loss", "bpb", "perplexity"], "max_tokens": 1024},
     )
-    status, output = train_here(config)
+    status, output = train_here(config, plot=True)
     assert status == 0, output
     for name in ("model.yaml", "mixture.yaml"):
         (folder / name).rename(folder / f"{name}.moved")

@@ -177,6 +177,7 @@ def two_ranks(folder: Path, mixture: dict, strategy: str, **training) -> Path:
     return write_experiment(folder, mixture, **{**SECTIONS, "training": training}, parallel={"strategy": strategy})
 
 
+@pytest.mark.slow
 def test_fsdp_on_two_ranks_is_the_same_curve(sharded, uninterrupted):
     assert_same_curve(losses(sharded), losses(uninterrupted))
     for ours, theirs in zip(rows(sharded), rows(uninterrupted), strict=True):

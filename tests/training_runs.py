@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
-import gc
 import inspect
 import io
 import itertools
@@ -20,6 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -207,17 +207,20 @@ def results(run_folder: Path) -> dict[str, Any]:
     return json.loads((run_folder / "results.json").read_text())
 
 
-def train_here(config: Path, *overrides: str, stage: str = "pretrain") -> tuple[int, str]:
-    """The command in this process, as `run_command(main)` runs it: exit status, and what it printed."""
+def train_here(config: Path, *overrides: str, stage: str = "pretrain", plot: bool = False) -> tuple[int, str]:
+    """The command in this process, as `run_command(main)` runs it: exit status, and what it printed.
+
+    Without `plot` the loss curve is not drawn, which takes as long as the steps.
+    """
     from shards.errors import run_command
     from train.pretrain import main
 
     output, arguments = io.StringIO(), sys.argv
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
     sys.argv = [f"train/{stage}.py", "--config", str(config), *overrides]
-    status = 0
+    status, undrawn = 0, contextlib.nullcontext() if plot else mock.patch("train.pretrain.plot_losses")
     try:
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output), undrawn:
             run_command(lambda: main(stage))
     except SystemExit as stop:
         status = int(stop.code or 0)
@@ -225,5 +228,4 @@ def train_here(config: Path, *overrides: str, stage: str = "pretrain") -> tuple[
         sys.argv = arguments
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    gc.collect()  # the lock on the run folder goes with the objects of the run
     return status, output.getvalue()
