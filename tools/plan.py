@@ -85,21 +85,23 @@ def run_table(run: RunPlan) -> Table:
     """Speed, time, cost and disk."""
     from rich.table import Table
 
+    from shards.pages import amount
+
     table = Table(title="the run", show_header=False)
     active = "" if run.active_parameters == run.parameters else f", {run.active_parameters:,} at work on a token"
     tokens, write = run.tokens, run.checkpoint_bytes / run.disk
     rows = {
         "parameters": f"{run.parameters:,}{active}",
-        "FLOPs of a token": f"{run.flops / 1e9:.2f} G ({run.flops_full / 1e9:.2f} G with the full square of attention)",
+        "FLOPs of a token": f"{amount(run.flops)} ({amount(run.flops_full)} with the full square of attention)",
         "MFU, stated": f"{run.mfu:.1%} (the same speed is {run.mfu_full:.1%} with the full square)",
         "speed": f"{run.tokens_per_second:,.0f} tokens/s, {run.tokens_per_second / run.count:,.0f} a GPU",
-        "a step": f"{run.step_tokens:,} tokens, {run.step_tokens / run.tokens_per_second:.1f} s",
-        "length": f"{run.steps:,} steps, {tokens / 1e9:,.1f}B tokens, {tokens / run.parameters:.0f} per parameter",
+        "a step": f"{run.step_tokens:,} tokens, {run.step_tokens / run.tokens_per_second:,.2f} s",
+        "length": f"{run.steps:,} steps, {amount(tokens)} tokens, {tokens / run.parameters:.0f} per parameter",
         "": run.ending,
-        "time": f"{run.days:,.1f} days, {run.hours * run.count:,.0f} GPU hours",
-        "cost": f"${run.cost:,.0f} at ${run.price:g} a GPU hour",
-        "checkpoint": f"{run.checkpoint_bytes / 1e9:,.1f} GB, {write:.0f} s at {run.disk / 1e9:g} GB/s "
-        f"(weights alone {4 * run.parameters / 1e9:,.1f} GB)",
+        "time": f"{run.time}, {run.hours * run.count:,.1f} GPU hours",
+        "cost": f"${run.cost:,.2f} at ${run.price:g} a GPU hour",
+        "checkpoint": f"{run.checkpoint_bytes / 1e9:,.2f} GB, {write:,.2f} s at {run.disk / 1e9:g} GB/s "
+        f"(weights alone {4 * run.parameters / 1e9:,.2f} GB)",
     }
     for name, value in rows.items():
         table.add_row(name, value)
@@ -110,12 +112,14 @@ def source_table(run: RunPlan) -> Table:
     """What the run reads of each source."""
     from rich.table import Table
 
+    from shards.pages import amount
+
     table = Table("source", title="data, sizes as the mixture file expects them")
     table.add_column("tokens", justify="right")
     table.add_column("epochs", justify="right")
     for source in run.sources:
         epochs = "?" if source.epochs is None else f"{source.epochs:.2f}"
-        table.add_row(source.name, f"{source.tokens / 1e9:,.1f}B", epochs)
+        table.add_row(source.name, amount(source.tokens), epochs)
     return table
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from shards.mixture import MixturePlan
+from shards.pages import amount
 from train.config import ExperimentConfig
 from train.distributed import Ranks
 from train.flops import flops_per_token
@@ -21,6 +22,7 @@ from train.layout import make_layout
 from train.models import BaseModelForCausalLM, ModelRegistry
 from train.muon import is_matrix_of_block
 from train.prepare import load_data_config, load_model_config, run_length, share_batch
+from train.speed import duration
 
 BUDGET, WEEK = 10_000.0, 7.0  # dollars and days that a 7B model may take
 ENOUGH = 20  # tokens per parameter: best use of FLOPs (Hoffmann et al. 2022, arXiv 2203.15556)
@@ -83,6 +85,11 @@ class RunPlan:
         return self.tokens / self.tokens_per_second / 3600
 
     @property
+    def time(self) -> str:
+        """In days, or as `2h07m` where it is less than one."""
+        return f"{self.days:,.1f} days" if self.days >= 1 else duration(3600 * self.hours)
+
+    @property
     def days(self) -> float:
         """From the first step to the last."""
         return self.hours / 24
@@ -104,13 +111,13 @@ class RunPlan:
 
     def verdict(self) -> list[str]:
         """Whether the run stays within $10k and a week, and what alone would make it so or is left over."""
-        goal = f"{self.parameters / 1e9:.1f}B at <= ${BUDGET:,.0f} and <= {WEEK:g} days"
-        lines = [f"{goal}: {'met' if self.met else 'not met'} (${self.cost:,.0f}, {self.days:.1f} days)"]
+        goal = f"{amount(self.parameters)} parameters at <= ${BUDGET:,.0f} and <= {WEEK:g} days"
+        lines = [f"{goal}: {'met' if self.met else 'not met'} (${self.cost:,.2f}, {self.time})"]
         seconds = min(WEEK * 86400, BUDGET / (self.count * self.price) * 3600)
         affordable = self.tokens_per_second * seconds
         lines.append(
-            f"both allow {affordable / 1e9:,.0f}B tokens ({affordable / self.parameters:.0f} per parameter; "
-            f"{ENOUGH} are {ENOUGH * self.parameters / 1e9:,.0f}B); the run has {self.tokens / 1e9:,.0f}B"
+            f"both allow {amount(affordable)} tokens ({affordable / self.parameters:.0f} per parameter; "
+            f"{ENOUGH} are {amount(ENOUGH * self.parameters)}); the run has {amount(self.tokens)}"
         )
         if self.met:
             return lines
