@@ -8,7 +8,6 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from concurrent.futures import wait as wait_for
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -130,20 +129,23 @@ def _aligned(size: int) -> int:
 def in_background(function: Callable[..., T], *arguments: Any) -> Future[T]:
     """Call a function in a thread that does not keep a process from ending: it may be waiting for a rank that hangs.
 
-    A process that ends waits for it for at most `EXIT_SECONDS`.
+    A process that ends waits for it for at most `EXIT_SECONDS`: one that ends while a thread frees tensors is aborted.
     """
     future: Future[T] = Future()
 
     def work() -> None:
+        nonlocal function, arguments
         try:
             future.set_result(function(*arguments))
         except BaseException as error:
             future.set_exception(error)
+        del function, arguments  # the tensors
         atexit.unregister(ending)
 
-    ending = partial(wait_for, [future], EXIT_SECONDS)
+    thread = threading.Thread(target=work, name="checkpoint", daemon=True)
+    ending = partial(thread.join, EXIT_SECONDS)
     atexit.register(ending)
-    threading.Thread(target=work, name="checkpoint", daemon=True).start()
+    thread.start()
     return future
 
 
