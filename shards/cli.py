@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -200,7 +201,7 @@ def verify(
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console, transient=True) as progress:
             task = progress.add_task(str(directory), total=_tokens(directory))
-            found = verify_dataset(directory, lambda done, p=progress, t=task: p.advance(t, done))  # type: ignore[misc]
+            found = verify_dataset(directory, partial(progress.advance, task))
         print(
             f"{directory}: {found.shards:,} shards, {found.documents:,} documents, {found.tokens:,} tokens: "
             + (f"{len(found.problems)} problem(s)" if found.problems else "all well")

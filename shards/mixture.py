@@ -17,7 +17,7 @@ import json
 import math
 from collections.abc import Callable
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +280,9 @@ def _check_epochs(plan: MixturePlan, total: int) -> None:
         limit = plan.sources[index].limit
         return limit is None or draws[index] <= limit
 
+    def fits_with_less(index: int, name: str, factor: int) -> bool:
+        return fits(index, changed(factor, name, total))
+
     draws, length = plan.counts(total), plan.seq_len
     lines = []
     for index, (source, given) in enumerate(zip(plan.sources, plan.config.sources, strict=True)):
@@ -287,7 +290,7 @@ def _check_epochs(plan: MixturePlan, total: int) -> None:
             continue
         excess = draws[index] - source.limit
         needed = math.ceil(100 * Fraction(draws[index], source.windows)) / 100
-        factor = _largest(lambda factor: fits(index, changed(factor, source.name, total)), 1000)  # noqa: B023
+        factor = _largest(partial(fits_with_less, index, source.name), 1000)
         line = (
             f"'{source.name}': max_epochs {given.max_epochs:g} allows {source.limit:,} windows, the weights draw "
             f"{draws[index]:,}: {excess:,} windows ({excess * length:,} tokens) too many; "

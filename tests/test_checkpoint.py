@@ -365,6 +365,21 @@ def test_a_process_waits_at_its_end_but_not_forever():
     assert (done.returncode, done.stdout) == (3, "written after 1\n"), done.stderr
 
 
+def test_a_process_waits_until_the_thread_has_freed_what_it_wrote():
+    """One that ends before that is aborted: PyTorch takes Python's lock to free a tensor."""
+    program = (
+        "import time\n"
+        "from train import checkpoint_files\n"
+        "class Piece:\n"
+        "    def __del__(self):\n"
+        "        time.sleep(3)\n"
+        "        print('freed', flush=True)\n"
+        "checkpoint_files.in_background(lambda piece: time.sleep(0.5), Piece()).result()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=90)
+    assert (done.returncode, done.stdout) == (0, "freed\n"), done.stderr
+
+
 # Which model
 
 
